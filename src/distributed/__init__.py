@@ -1,0 +1,37 @@
+"""Groups, collectives, and where ranks run."""
+
+from .collectives import all_gather, all_reduce, barrier, broadcast, reduce_scatter
+from .group import Group
+from .ledger import Ledger
+from .lockstep import SimulationError
+from .regions import (
+    copy_to_region,
+    copy_to_shards,
+    gather_from_region,
+    reduce_from_region,
+    reduce_from_shards,
+    scatter_to_region,
+)
+from .runtime import close, init, local_device
+from .simulation import simulate
+
+__all__ = [
+    "Group",
+    "Ledger",
+    "SimulationError",
+    "all_gather",
+    "all_reduce",
+    "barrier",
+    "broadcast",
+    "close",
+    "copy_to_region",
+    "copy_to_shards",
+    "gather_from_region",
+    "init",
+    "local_device",
+    "reduce_from_region",
+    "reduce_from_shards",
+    "reduce_scatter",
+    "scatter_to_region",
+    "simulate",
+]

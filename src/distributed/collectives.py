@@ -1,0 +1,103 @@
+"""Raw collectives: no gradient, no change to their input, one door through which every one of them passes.
+
+Each takes a contiguous or strided tensor and returns a new one. In a world of one they return their input.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .group import Group
+from .ledger import record
+from .reduction import tree_sum
+
+GATHER_BYTES = 256 * 1024
+"""Tree sums of messages up to this size gather all terms; larger ones move the bytes of a ring. Same bits."""
+
+# torch 2.13 renamed these calls and warns at the old names.
+_all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def all_reduce(tensor: Tensor, *, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """Reduce over the ranks, every rank getting the result; sums are taken in ``group.reduce_order``."""
+    if group.world_size == 1:
+        return tensor
+    record("all_reduce", tensor)
+    if op == dist.ReduceOp.SUM and group.reduce_order == "tree":
+        return _tree_all_reduce(tensor, group)
+    out = tensor.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(out, op=op, group=group.pg)
+    return out
+
+
+def all_gather(tensor: Tensor, *, group: Group, dim: int = 0) -> Tensor:
+    """Concatenate equally shaped tensors of all ranks along ``dim``, in rank order."""
+    if group.world_size == 1:
+        return tensor
+    record("all_gather", tensor)
+    parts = _gather_parts(tensor, group)
+    return parts.flatten(0, 1) if dim == 0 else torch.cat(parts.unbind(0), dim)
+
+
+def reduce_scatter(tensor: Tensor, *, group: Group, dim: int = 0) -> Tensor:
+    """Sum over the ranks in ``group.reduce_order``, rank ``r`` getting the ``r``-th of ``world_size`` equal slices.
+
+    Raises ValueError when ``world_size`` does not divide ``tensor.shape[dim]``.
+    """
+    if group.world_size == 1:
+        return tensor
+    if tensor.shape[dim] % group.world_size:
+        raise ValueError(
+            f"reduce_scatter: size {tensor.shape[dim]} of dim {dim} is not divisible by world_size={group.world_size}"
+        )
+    record("reduce_scatter", tensor)
+    slices = torch.stack(tensor.chunk(group.world_size, dim))
+    if group.reduce_order == "tree":
+        return tree_sum(_exchange(slices, group).unbind(0))
+    out = torch.empty_like(slices[0])
+    _reduce_scatter_flat(out.view(-1), slices.view(-1), group=group.pg)
+    return out
+
+
+def broadcast(tensor: Tensor, *, group: Group, src: int = 0) -> Tensor:
+    """The tensor of group rank ``src``, on every rank."""
+    if group.world_size == 1:
+        return tensor
+    record("broadcast", tensor)
+    out = tensor.clone(memory_format=torch.contiguous_format)
+    dist.broadcast(out, group=group.pg, group_src=src)
+    return out
+
+
+def barrier(group: Group) -> None:
+    """Wait until every rank of ``group`` has arrived."""
+    if group.world_size > 1:
+        dist.barrier(group=group.pg)
+
+
+def _gather_parts(tensor: Tensor, group: Group) -> Tensor:
+    """``[*shape] -> [world_size, *shape]``."""
+    flat = tensor.contiguous().view(-1)
+    out = flat.new_empty(group.world_size * flat.numel())
+    _all_gather_flat(out, flat, group=group.pg)
+    return out.view(group.world_size, *tensor.shape)
+
+
+def _exchange(slices: Tensor, group: Group) -> Tensor:
+    """``[world_size, *shape]``, entry ``r`` for rank ``r`` -> ``[world_size, *shape]``, entry ``r`` from rank ``r``."""
+    out = torch.empty_like(slices)
+    dist.all_to_all_single(out.view(-1), slices.view(-1), group=group.pg)
+    return out
+
+
+def _tree_all_reduce(tensor: Tensor, group: Group) -> Tensor:
+    if tensor.nbytes <= GATHER_BYTES:
+        return tree_sum(_gather_parts(tensor, group).unbind(0))
+    length = tensor.numel()
+    slices = tensor.new_zeros(group.world_size, -(-length // group.world_size))
+    slices.view(-1)[:length] = tensor.reshape(-1)
+    total = tree_sum(_exchange(slices, group).unbind(0))
+    return _gather_parts(total, group).view(-1)[:length].view(tensor.shape)

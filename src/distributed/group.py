@@ -1,0 +1,103 @@
+"""The group a module works in: a thin object over one ``torch.distributed.ProcessGroup``, or over a world of one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NoReturn, TypeGuard
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ..sharding import check_num_shards, shard_range
+
+ReduceOrder = Literal["backend", "tree"]
+
+
+class Group:
+    """A tensor-parallel group: who am I, among how many, and into how many logical shards parameters are cut.
+
+    ``rank`` and ``world_size`` are read once, here. ``num_shards`` (V, default: ``world_size``) decides the bits
+    of every sum over shards. ``reduce_order`` is the order of a sum across ranks: ``"backend"`` leaves it to the
+    backend's own all-reduce, ``"tree"`` takes the fixed binary tree of ``reduction.tree_sum`` and is implied by
+    a given ``num_shards``, for whoever fixes V wants its bits at every world size.
+
+    ``pg`` is a ProcessGroup, a 1-D DeviceMesh, or None: the initialised default group, or a world of one.
+
+    Raises ValueError when this process is not in ``pg``, when ``num_shards`` does not fit ``world_size``, or for
+    an unknown ``reduce_order``.
+    """
+
+    def __init__(self, pg: Any = None, *, num_shards: int | None = None, reduce_order: ReduceOrder = "backend") -> None:
+        if hasattr(pg, "get_group"):
+            pg = pg.get_group()
+        if pg is None and dist.is_available() and dist.is_initialized():
+            pg = dist.group.WORLD
+        self._setup(pg, num_shards, reduce_order)
+
+    def _setup(self, pg: ProcessGroup | None, num_shards: int | None, reduce_order: ReduceOrder) -> None:
+        self.pg = pg
+        self.rank = 0 if pg is None else dist.get_rank(pg)
+        self.world_size = 1 if pg is None else dist.get_world_size(pg)
+        if self.rank < 0:
+            raise ValueError(f"rank={dist.get_rank()} of the default group is not a member of the given process group")
+        self.num_shards = self.world_size if num_shards is None else num_shards
+        check_num_shards(self.num_shards, self.world_size)
+        if reduce_order not in ("backend", "tree"):
+            raise ValueError(f'reduce_order={reduce_order!r} is not "backend" or "tree"')
+        self.reduce_order: ReduceOrder = reduce_order if num_shards is None else "tree"
+
+    @classmethod
+    def single(cls, num_shards: int | None = None) -> Group:
+        """A world of one, whether or not ``torch.distributed`` is initialised."""
+        group = cls.__new__(cls)
+        group._setup(None, num_shards, "backend")
+        return group
+
+    @property
+    def shards(self) -> range:
+        """The logical shards that live on this rank."""
+        return shard_range(self.rank, self.world_size, self.num_shards)
+
+    def split(self, tensor: Tensor, dim: int = 0) -> list[Tensor]:
+        """This rank's part of a sharded tensor as one view per logical shard."""
+        return [tensor] if len(self.shards) == 1 else list(tensor.chunk(len(self.shards), dim))
+
+    def join(self, shards: Sequence[Tensor], dim: int = -1) -> Tensor:
+        """The inverse of ``split``."""
+        return shards[0] if len(shards) == 1 else torch.cat(list(shards), dim)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Group:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Group belongs to a running process and cannot be pickled; save state_dict() instead")
+
+    def __repr__(self) -> str:
+        return (
+            f"Group(rank={self.rank}, world_size={self.world_size}, num_shards={self.num_shards}, "
+            f"reduce_order={self.reduce_order!r})"
+        )
+
+
+def is_group(value: Any) -> TypeGuard[Group]:
+    """A Group is known by its methods: ``src`` and ``isoshard`` are two module objects of one class."""
+    return hasattr(value, "world_size") and hasattr(value, "num_shards") and hasattr(value, "shards")
+
+
+def as_group(value: Any, num_shards: int | None = None) -> Group:
+    """``value`` (None, a Group, a ProcessGroup or a 1-D DeviceMesh) as a Group.
+
+    Raises ValueError when ``num_shards`` contradicts that of a given Group.
+    """
+    if not is_group(value):
+        return Group(value, num_shards=num_shards)
+    if num_shards not in (None, value.num_shards):
+        raise ValueError(f"num_shards={num_shards} differs from num_shards={value.num_shards} of the given group")
+    return value
+
+
+def group_or_single(group: Any) -> Group:
+    """``group`` as a Group, and a world of one when it is None: a module is never cut up by surprise."""
+    return Group.single() if group is None else as_group(group)

@@ -1,0 +1,46 @@
+"""The orders in which a sum over shards may be taken. Pure functions of tensors; nothing is sent here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def tree_sum(terms: Sequence[Tensor]) -> Tensor:
+    """Sum of ``terms`` in the fixed binary tree: neighbours first, then neighbours of those.
+
+    Over a power of two of terms, summing runs of neighbours first and then the run sums gives the same tree;
+    that is why the result does not depend on how many ranks share the terms.
+    """
+    level = list(terms)
+    while len(level) > 1:
+        pairs = [level[i] + level[i + 1] for i in range(0, len(level) - 1, 2)]
+        level = pairs + level[len(pairs) * 2 :]
+    return level[0]
+
+
+def ring_sum(terms: Sequence[Tensor]) -> Tensor:
+    """Sum of equally shaped ``terms`` (one per rank) with the bits of gloo's ring all-reduce.
+
+    gloo cuts the flat buffer into one block per rank, each made of two or more segments; block ``k`` is summed
+    in rank order ``k-1, k-2, ..., k`` and rounded to the dtype at each step. Checked for contiguous CPU tensors
+    up to 24 MB.
+    """
+    world_size, flat = len(terms), [term.reshape(-1) for term in terms]
+    length, itemsize = flat[0].numel(), flat[0].element_size()
+    segment = _round_up(-(-length * itemsize // (2 * world_size)), itemsize)
+    segments = max(-(-length * itemsize // segment), 2 * world_size) if length else 0
+    block = _round_up(segments, world_size) // world_size * segment // itemsize
+    out = flat[0].clone()
+    for k in range(world_size):
+        piece = slice(k * block, min((k + 1) * block, length))
+        total = flat[(k - 1) % world_size][piece]
+        for step in range(2, world_size + 1):
+            total = total + flat[(k - step) % world_size][piece]
+        out[piece] = total
+    return out.view(terms[0].shape)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,114 @@
+"""Where autograd meets communication: conjugate pairs, each the backward of the other.
+
+    copy_to_region       forward: nothing         backward: all_reduce
+    reduce_from_region   forward: all_reduce      backward: nothing
+    scatter_to_region    forward: own slice       backward: all_gather
+    gather_from_region   forward: all_gather      backward: own slice
+
+The ``_shards`` forms take or give one tensor per logical shard of this rank and sum in the one tree: own shards
+first, then across ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .collectives import all_gather, all_reduce
+from .group import Group
+from .reduction import tree_sum
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, copies: int) -> tuple[Tensor, ...]:
+        ctx.group = group
+        return tuple(x.view_as(x) for _ in range(copies))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return all_reduce(tree_sum(grads), group=ctx.group), None, None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: Group, *terms: Tensor) -> Tensor:
+        ctx.num_terms = len(terms)
+        total = all_reduce(tree_sum(terms), group=group)
+        return total.view_as(total) if total is terms[0] else total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, *[grad] * ctx.num_terms)
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, dim: int) -> Tensor:
+        ctx.group, ctx.dim = group, dim
+        return x.chunk(group.world_size, dim)[group.rank].contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return all_gather(grad, group=ctx.group, dim=ctx.dim), None, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, dim: int) -> Tensor:
+        ctx.group, ctx.dim = group, dim
+        return all_gather(x, group=group, dim=dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.chunk(ctx.group.world_size, ctx.dim)[ctx.group.rank].contiguous(), None, None
+
+
+def copy_to_region(x: Tensor, *, group: Group) -> Tensor:
+    """Replicated ``x`` on its way into computation that differs between ranks: gradients are summed over ranks."""
+    return x if group.world_size == 1 else _Copy.apply(x, group, 1)[0]  # type: ignore[no-untyped-call]
+
+
+def copy_to_shards(x: Tensor, *, group: Group) -> list[Tensor]:
+    """Replicated ``x``, once per logical shard of this rank: gradients are summed over all V shards."""
+    if group.num_shards == 1:
+        return [x]
+    return list(_Copy.apply(x, group, len(group.shards)))  # type: ignore[no-untyped-call]
+
+
+def reduce_from_region(x: Tensor, *, group: Group) -> Tensor:
+    """Partial ``x`` to its sum over ranks, replicated."""
+    return reduce_from_shards([x], group=group)
+
+
+def reduce_from_shards(terms: Sequence[Tensor], *, group: Group) -> Tensor:
+    """One partial tensor per logical shard of this rank to the sum over all V shards, replicated."""
+    if len(terms) == 1 and group.world_size == 1:
+        return terms[0]
+    total: Tensor = _Reduce.apply(group, *terms)  # type: ignore[no-untyped-call]
+    return total
+
+
+def scatter_to_region(x: Tensor, *, group: Group, dim: int = -1) -> Tensor:
+    """Replicated ``x`` to this rank's slice of ``dim``.
+
+    Raises ValueError when ``world_size`` does not divide ``x.shape[dim]``.
+    """
+    if x.shape[dim] % group.world_size:
+        raise ValueError(
+            f"scatter_to_region: size {x.shape[dim]} of dim {dim} is not divisible by world_size={group.world_size}"
+        )
+    return x if group.world_size == 1 else _Scatter.apply(x, group, dim)  # type: ignore[no-untyped-call]
+
+
+def gather_from_region(x: Tensor, *, group: Group, dim: int = -1) -> Tensor:
+    """Slices of ``dim`` to the whole, replicated."""
+    return x if group.world_size == 1 else _Gather.apply(x, group, dim)  # type: ignore[no-untyped-call]

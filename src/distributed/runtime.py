@@ -1,0 +1,58 @@
+"""From torchrun's environment to a Group and a device. The only file of the library that reads the environment."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from .group import Group, ReduceOrder
+
+
+def init(
+    *,
+    device: str | torch.device | None = None,
+    backend: str | None = None,
+    num_shards: int | None = None,
+    reduce_order: ReduceOrder = "backend",
+    timeout: timedelta | None = None,
+) -> Group:
+    """The Group of this process: over the default group where there is one, else over the one torchrun describes.
+
+    Started by neither torchrun nor ``simulate`` it is a world of one. ``backend`` defaults to nccl on GPUs and
+    gloo elsewhere.
+
+    Raises ValueError when WORLD_SIZE is above 1 and RANK is unset.
+    """
+    if not dist.is_initialized():
+        if "RANK" in os.environ:
+            place = local_device(device)
+            if place.type == "cuda":
+                torch.cuda.set_device(place)
+            dist.init_process_group(backend or ("nccl" if place.type == "cuda" else "gloo"), timeout=timeout)
+        elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(
+                f"WORLD_SIZE={os.environ['WORLD_SIZE']} but RANK is not set; start the program with torchrun"
+            )
+        else:
+            return Group.single(num_shards)
+    return Group(num_shards=num_shards, reduce_order=reduce_order)
+
+
+def local_device(device: str | torch.device | None = None) -> torch.device:
+    """``device``, or this rank's GPU (``cuda:LOCAL_RANK``) where there are GPUs, or the CPU."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    place = torch.device(device)
+    if place.type == "cuda" and place.index is None:
+        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % max(torch.cuda.device_count(), 1))
+    return place
+
+
+def close() -> None:
+    """Wait for all ranks, then leave the default group; does nothing where there is none."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

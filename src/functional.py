@@ -1,0 +1,158 @@
+"""The mathematics of the layers: no parameters, no group, nothing is sent."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """``dtype``, or float32 where that is wider: the type in which statistics are taken."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x [..., h]``, ``weight [h]`` -> ``x / sqrt(mean(x^2) + eps) * weight``, of x's dtype and device."""
+    return group_rms_norm(x, weight, x.shape[-1], eps)
+
+
+def group_rms_norm(x: Tensor, weight: Tensor, group_size: int, eps: float) -> Tensor:
+    """RMS norm of each run of ``group_size`` channels of ``x [..., h]``, scaled by ``weight [h]``.
+
+    Statistics in float32 or wider, one rounding at the end; the output has x's dtype and device.
+    """
+    groups = x.to(wide(x.dtype)).unflatten(-1, (-1, group_size))
+    scale = torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps)
+    y: Tensor = (groups * scale).flatten(-2) * weight.to(x.device)
+    return y.to(x.dtype)
+
+
+def shard_embedding(ids: Tensor, table: Tensor, first: int) -> Tensor:
+    """Rows of ``table [n, e]`` for the ids in ``[first, first + n)``, exact zeros for all others: ``[..., e]``.
+
+    Rows are selected, never multiplied by a mask: an infinite row must not leak as NaN.
+    """
+    local = ids - first
+    owned = (local >= 0) & (local < table.shape[0])
+    rows = F.embedding(torch.where(owned, local, 0), table)
+    return rows.masked_fill(~owned.unsqueeze(-1), 0)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up`` (Shazeer 2020, "GLU Variants Improve Transformer")."""
+    return F.silu(gate) * up
+
+
+def sinusoidal_pos_emb(
+    length: int,
+    dim: int,
+    base: float = 10000.0,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Tensor:
+    """The additive encoding of Vaswani et al. 2017: ``[length, dim]``.
+
+        PE[pos, 2i] = sin(pos / base^(2i / dim)),   PE[pos, 2i + 1] = cos(pos / base^(2i / dim))
+
+    Raises ValueError for an odd ``dim``.
+    """
+    angles = _angles(length, dim, base, wide(dtype), device)
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2).to(dtype)
+
+
+def rope_tables(
+    length: int,
+    dim: int,
+    base: float,
+    ratio: float = 1,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> tuple[Tensor, Tensor]:
+    """cos and sin ``[length, dim]`` of rotary embeddings (Su et al. 2021), stretched ``ratio`` times by the NTK rule.
+
+    The NTK rule replaces ``base`` by ``base * ratio^(dim / (dim - 2))``: the lowest frequency is interpolated by
+    ``ratio``, the highest is kept. Columns ``i`` and ``i + dim/2`` hold the same angle.
+
+    Raises ValueError for an odd ``dim``, and for ``dim=2`` with ``ratio > 1``.
+    """
+    if ratio != 1:
+        if dim == 2:
+            raise ValueError(f"dim=2 has one frequency only and cannot be stretched by ratio={ratio}; use dim >= 4")
+        base = base * ratio ** (dim / (dim - 2))
+    angles = _angles(length, dim, base, wide(dtype), device)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    """``(x1, x2) -> (-x2, x1)`` over the two halves of the last dim."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([-second, first], dim=-1)
+
+
+def apply_rotary_pos_emb(input: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate channel pairs ``(i, i + hd/2)`` of ``input [b, s, nh, hd]`` by the angles of ``cos, sin [s, hd]``.
+
+    Computed in the tables' dtype (or the input's where that is wider); the output has input's dtype and device.
+
+    Raises ValueError when the tables do not fit the input.
+    """
+    if cos.shape != sin.shape or cos.shape[-1] != input.shape[-1] or cos.shape[0] != input.shape[1]:
+        raise ValueError(
+            f"cos {list(cos.shape)} and sin {list(sin.shape)} must both be [s, hd] = "
+            f"[{input.shape[1]}, {input.shape[-1]}] for input [b, s, nh, hd] = {list(input.shape)}"
+        )
+    cos, sin = (table.to(input.device).unsqueeze(-2) for table in (cos, sin))
+    x = input.to(torch.promote_types(input.dtype, cos.dtype))
+    return (x * cos + rotate_half(x) * sin).to(input.dtype)
+
+
+def precompute_freqs_cis(head_dim: int, length: int, theta: float = 500000.0) -> Tensor:
+    """``exp(i * position * theta^(-2j / head_dim))`` as complex64 ``[length, head_dim / 2]``, as in Llama 3."""
+    angles = _angles(length, head_dim, theta, torch.float32, "cpu")
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def rotate_neighbours(x: Tensor, freqs_cis: Tensor) -> Tensor:
+    """Rotate channel pairs ``(2j, 2j + 1)`` of ``x [b, s, nh, hd]`` by ``freqs_cis [s, hd / 2]``.
+
+    Llama 3's pairing, which differs from that of ``apply_rotary_pos_emb`` by ``neighbours_to_halves``. Computed in
+    float32 or wider; the output has x's dtype and device.
+
+    Raises ValueError when the frequencies do not fit.
+    """
+    if freqs_cis.shape != (x.shape[1], x.shape[-1] // 2):
+        raise ValueError(
+            f"freqs_cis must be [s, hd / 2] = [{x.shape[1]}, {x.shape[-1] // 2}] for x {list(x.shape)}, "
+            f"got {list(freqs_cis.shape)}"
+        )
+    pairs = torch.view_as_complex(x.to(wide(x.dtype)).unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * freqs_cis.to(x.device).unsqueeze(-2)).flatten(-2).to(x.dtype)
+
+
+def neighbours_to_halves(weight: Tensor, num_heads: int) -> Tensor:
+    """Reorder the rows of a query or key projection ``[nh * hd, in]`` from Llama's pairing to that of halves."""
+    head_dim = weight.shape[0] // num_heads
+    return weight.view(num_heads, head_dim // 2, 2, -1).transpose(1, 2).reshape(weight.shape)
+
+
+def halves_to_neighbours(weight: Tensor, num_heads: int) -> Tensor:
+    """The inverse of ``neighbours_to_halves``."""
+    head_dim = weight.shape[0] // num_heads
+    return weight.view(num_heads, 2, head_dim // 2, -1).transpose(1, 2).reshape(weight.shape)
+
+
+def causal_mask(length: int, start_pos: int = 0, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Additive mask ``[length, start_pos + length]``: 0 where a query may look, -inf at later positions."""
+    return torch.full((length, start_pos + length), -math.inf, dtype=dtype, device=device).triu(start_pos + 1)
+
+
+def _angles(length: int, dim: int, base: float, dtype: torch.dtype, device: str | torch.device) -> Tensor:
+    """``position * base^(-2j / dim)``: ``[length, dim / 2]``."""
+    if dim < 2 or dim % 2:
+        raise ValueError(f"dim={dim} must be even and at least 2: channels are rotated in pairs")
+    inverse = 1.0 / (base ** (torch.arange(0, dim, 2, device=device).to(dtype) / dim))
+    return torch.outer(torch.arange(length, device=device).to(dtype), inverse)

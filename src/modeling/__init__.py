@@ -1,0 +1,33 @@
+"""The layers, one file each, and the model they make."""
+
+from ..functional import precompute_freqs_cis
+from .attention import Attention
+from .block import TransformerBlock
+from .config import ModelArgs
+from .linear import ColumnParallelLinear, RowParallelLinear
+from .lm_head import LMHead
+from .loss import vocab_parallel_cross_entropy
+from .mlp import FeedForward
+from .norm import GroupRMSNorm, RMSNorm
+from .pos_emb import NTKAwareRoPE, RotaryFrequencies
+from .transformer import Transformer
+from .vocab_emb import ParallelVocabEmbedding, VocabEmbedding
+
+__all__ = [
+    "Attention",
+    "ColumnParallelLinear",
+    "FeedForward",
+    "GroupRMSNorm",
+    "LMHead",
+    "ModelArgs",
+    "NTKAwareRoPE",
+    "ParallelVocabEmbedding",
+    "RMSNorm",
+    "RotaryFrequencies",
+    "RowParallelLinear",
+    "Transformer",
+    "TransformerBlock",
+    "VocabEmbedding",
+    "precompute_freqs_cis",
+    "vocab_parallel_cross_entropy",
+]

@@ -1,0 +1,128 @@
+"""Llama 3's attention: grouped queries, rotary embeddings, a KV cache; heads sharded over the group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..distributed.group import group_or_single
+from ..distributed.random import SEED_STRIDE
+from ..distributed.regions import copy_to_shards
+from ..functional import rotate_neighbours
+from ..sharding import shard_size
+from .checks import check_activations
+from .config import ModelArgs
+from .linear import ColumnParallelLinear, RowParallelLinear
+
+
+class Attention(nn.Module):
+    """``wo(softmax(q k^T / sqrt(hd) + mask) v)``; each logical shard computes whole heads, so no score is ever sent.
+
+    q, k and v share one ``copy_to_shards``: one all-reduce forward (``wo``), one backward. The KV cache holds
+    ``max_batch_size x max_seq_len`` positions of this rank's heads, is allocated on first use and is no part of the
+    state dict.
+
+    With ``group=None`` this is an ordinary single-process module. Raises ValueError when the logical shards do not
+    divide the heads or the kv heads.
+    """
+
+    cache_k: Tensor | None
+    cache_v: Tensor | None
+
+    def __init__(
+        self,
+        args: ModelArgs,
+        *,
+        group: Any = None,
+        init_base_seed: int = 42,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        super().__init__()
+        self.args, self.group = args, group_or_single(group)
+        for name, heads in (("n_heads", args.n_heads), ("n_kv_heads", args.kv_heads)):
+            shard_size(name, heads, self.group.num_shards, self.group.world_size)
+        options: dict[str, Any] = {"bias": False, "group": self.group, "dtype": dtype, "device": device}
+        seeds = range(init_base_seed, init_base_seed + 4 * SEED_STRIDE, SEED_STRIDE)
+        width, kv_width = args.n_heads * args.head_dim, args.kv_heads * args.head_dim
+        self.wq = ColumnParallelLinear(args.dim, width, init_base_seed=seeds[0], **options)
+        self.wk = ColumnParallelLinear(args.dim, kv_width, init_base_seed=seeds[1], **options)
+        self.wv = ColumnParallelLinear(args.dim, kv_width, init_base_seed=seeds[2], **options)
+        self.wo = RowParallelLinear(width, args.dim, init_base_seed=seeds[3], **options)
+        self.register_buffer("cache_k", None, persistent=False)
+        self.register_buffer("cache_v", None, persistent=False)
+
+    def forward(self, x: Tensor, start_pos: int, freqs_cis: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``x [b, s, h] -> [b, s, h]``, both replicated.
+
+        ``freqs_cis [s, hd/2]`` are the angles of positions ``[start_pos, start_pos + s)``. ``mask`` is additive, of x's
+        dtype, ``[s, start_pos + s]``; None means that every query sees every position. Keys and values before
+        ``start_pos`` come from the cache. With gradients enabled and ``start_pos=0`` the cache is not touched.
+
+        Raises ValueError for positions beyond ``max_seq_len``, batches above ``max_batch_size`` (both where the cache
+        is used) and a mask of another shape, TypeError for a mask of another dtype.
+        """
+        check_activations(x, self.args.dim, "Attention")
+        self._check_mask(x, start_pos, mask)
+        batch, length, _ = x.shape
+        inputs = copy_to_shards(x, group=self.group)
+        q, k, v = (self._heads(projection, inputs) for projection in (self.wq, self.wk, self.wv))
+        q, k = ([rotate_neighbours(heads, freqs_cis) for heads in shards] for shards in (q, k))
+        if start_pos > 0 or not torch.is_grad_enabled():
+            k, v = self._through_cache(k, v, batch, start_pos, length)
+        return self.wo.forward_shards([self._attend(*qkv, mask) for qkv in zip(q, k, v, strict=True)])
+
+    def _heads(self, projection: ColumnParallelLinear, inputs: list[Tensor]) -> list[Tensor]:
+        """``[b, s, heads, hd]`` per logical shard."""
+        return [y.unflatten(-1, (-1, self.args.head_dim)) for y in projection.forward_shards(inputs)]
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """``[b, s, heads, hd]`` of one logical shard -> ``[b, s, heads * hd]``."""
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped).transpose(1, 2).flatten(-2)
+
+    def _through_cache(
+        self, k: list[Tensor], v: list[Tensor], batch: int, start_pos: int, length: int
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Store the new keys and values; give back those of all positions ``[0, start_pos + length)``."""
+        end = start_pos + length
+        if batch > self.args.max_batch_size:
+            raise ValueError(f"batch size {batch} exceeds max_batch_size={self.args.max_batch_size} of the KV cache")
+        if start_pos < 0 or end > self.args.max_seq_len:
+            raise ValueError(
+                f"start_pos={start_pos} + {length} positions must lie in [0, max_seq_len={self.args.max_seq_len}]"
+            )
+        if self.cache_k is None or self.cache_v is None or (start_pos == 0 and self.cache_k.dtype != k[0].dtype):
+            if start_pos > 0:
+                raise ValueError(f"start_pos={start_pos} but the KV cache is empty; begin at start_pos=0 under no_grad")
+            self.cache_k, self.cache_v = self._new_cache(k[0]), self._new_cache(v[0])
+
+        def seen(fresh: Tensor, stored: Tensor) -> Tensor:
+            with torch.no_grad():
+                stored[:batch, start_pos:end] = fresh
+            if start_pos == 0:
+                return fresh
+            return torch.cat([stored[:batch, :start_pos], fresh], 1) if fresh.requires_grad else stored[:batch, :end]
+
+        caches = (self.group.split(cache, 2) for cache in (self.cache_k, self.cache_v))
+        new_k, new_v = (list(map(seen, new, cache)) for new, cache in zip((k, v), caches, strict=True))
+        return new_k, new_v
+
+    def _new_cache(self, like: Tensor) -> Tensor:
+        heads = like.shape[2] * len(self.group.shards)
+        with torch.inference_mode(False):
+            return like.new_zeros(self.args.max_batch_size, self.args.max_seq_len, heads, self.args.head_dim)
+
+    def _check_mask(self, x: Tensor, start_pos: int, mask: Tensor | None) -> None:
+        if mask is None:
+            return
+        if mask.dtype != x.dtype:
+            raise TypeError(f"mask must be additive and of x's dtype {x.dtype}, not {mask.dtype}; use mask.to(x.dtype)")
+        if mask.shape != (x.shape[1], start_pos + x.shape[1]):
+            raise ValueError(
+                f"mask must be [s, start_pos + s] = [{x.shape[1]}, {start_pos + x.shape[1]}], got {list(mask.shape)}"
+            )

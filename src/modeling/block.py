@@ -1,0 +1,57 @@
+"""One pre-norm transformer block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..distributed.group import group_or_single
+from ..distributed.random import SEED_STRIDE
+from .attention import Attention
+from .config import ModelArgs
+from .mlp import FeedForward
+from .norm import RMSNorm
+
+SEEDS_PER_BLOCK = 16 * SEED_STRIDE
+
+
+class TransformerBlock(nn.Module):
+    """``h = x + attention(attention_norm(x))``, ``out = h + feed_forward(ffn_norm(h))``.
+
+    Two all-reduces forward and two backward, whatever the model. ``init_base_seed`` is that of the whole model: layer
+    ``layer_id`` draws from ``init_base_seed + (layer_id + 1) * SEEDS_PER_BLOCK`` on.
+    """
+
+    def __init__(
+        self,
+        layer_id: int,
+        args: ModelArgs,
+        *,
+        group: Any = None,
+        init_base_seed: int = 42,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        super().__init__()
+        self.layer_id = layer_id
+        seed = init_base_seed + (layer_id + 1) * SEEDS_PER_BLOCK
+        options: dict[str, Any] = {"group": group_or_single(group), "dtype": dtype, "device": device}
+        self.attention = Attention(args, init_base_seed=seed, **options)
+        self.feed_forward = FeedForward(
+            args.dim,
+            4 * args.dim,
+            args.multiple_of,
+            args.ffn_dim_multiplier,
+            init_base_seed=seed + SEEDS_PER_BLOCK // 2,
+            **options,
+        )
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps, device, dtype)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps, device, dtype)
+
+    def forward(self, x: Tensor, start_pos: int, freqs_cis: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``x [b, s, h] -> [b, s, h]``, both replicated; the other arguments as for ``Attention.forward``."""
+        h = x + self.attention(self.attention_norm(x), start_pos, freqs_cis, mask)
+        out: Tensor = h + self.feed_forward(self.ffn_norm(h))
+        return out

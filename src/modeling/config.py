@@ -1,0 +1,50 @@
+"""The shape of a Llama-style model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class ModelArgs:
+    """Llama 3's names and defaults, and two of our own at the end.
+
+    ``n_kv_heads`` None means ``n_heads``; ``vocab_size`` must be set before a model is built. ``pad_vocab`` pads a
+    vocabulary that the logical shards do not divide; ``tie_embeddings`` lets the head share the embedding's table.
+
+    Raises ValueError for sizes that do not fit each other.
+    """
+
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int | None = None
+    vocab_size: int = -1
+    multiple_of: int = 256
+    ffn_dim_multiplier: float | None = None
+    norm_eps: float = 1e-5
+    rope_theta: float = 500000
+    max_batch_size: int = 32
+    max_seq_len: int = 2048
+    pad_vocab: bool = False
+    tie_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dim % self.n_heads:
+            raise ValueError(f"n_heads={self.n_heads} must divide dim={self.dim}")
+        if self.head_dim % 2:
+            raise ValueError(
+                f"head_dim={self.head_dim} (dim={self.dim} / n_heads={self.n_heads}) must be even for rotary embeddings"
+            )
+        if self.n_heads % self.kv_heads:
+            raise ValueError(f"n_kv_heads={self.kv_heads} must divide n_heads={self.n_heads}")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one head."""
+        return self.dim // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads, ``n_heads`` unless fewer are asked for."""
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads

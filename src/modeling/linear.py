@@ -1,0 +1,177 @@
+"""Linear layers whose weight is sharded over its output or its input features.
+
+Legend: w = world_size, V = num_shards, x [..., in], y [..., out], weight [out, in] as in ``nn.Linear``.
+
+    ColumnParallelLinear   weight [out/w, in]   x replicated        y sharded over its last dim
+    RowParallelLinear      weight [out, in/w]   x sharded           y replicated: the sum over shards, plus bias
+
+Each rank computes its V/w logical shards one by one, with the same shapes at every w; that, and sums in one tree,
+is what makes the bits independent of w.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..distributed.group import as_group
+from ..distributed.random import SEED_STRIDE, fill_shards, uniform
+from ..distributed.regions import copy_to_shards, gather_from_region, reduce_from_shards, scatter_to_region
+from ..sharding import shard_size
+from .checks import check_activations
+
+
+class _ParallelLinear(nn.Module):
+    """What both layers share: sizes, parameters, initial values.
+
+    Weights are drawn like those of ``nn.Linear``, uniformly within ``1 / sqrt(in_features)`` of the whole matrix;
+    logical shard j of the weight from seed ``init_base_seed + j``, the bias from ``init_base_seed + 512`` on.
+    """
+
+    _weight_dim: ClassVar[int]
+    _bias_dim: ClassVar[int | None]
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        group: Any,
+        init_base_seed: int,
+        dtype: torch.dtype,
+        device: str | torch.device,
+    ) -> None:
+        super().__init__()
+        self.group = as_group(group)
+        self.in_features, self.out_features, self.init_base_seed = in_features, out_features, init_base_seed
+        name = ("out_features", "in_features")[self._weight_dim]
+        shape = [out_features, in_features]
+        size = shard_size(name, shape[self._weight_dim], self.group.num_shards, self.group.world_size)
+        shape[self._weight_dim] = size * len(self.group.shards)
+        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.empty(shape[0], dtype=dtype, device=device)) if bias else None
+        self.reset_parameters()
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, *, group: Any = None, **options: Any) -> Self:
+        """This rank's part of an ordinary ``linear`` that all ranks hold alike; ``options`` as for the constructor."""
+        options |= {"bias": linear.bias is not None, "group": group, "dtype": linear.weight.dtype}
+        layer = cls(linear.in_features, linear.out_features, device="meta", **options)
+        dims = layer.shard_dims()
+        for name, parameter in linear.named_parameters():
+            value = parameter.detach()
+            if name in dims:
+                value = value.chunk(layer.group.world_size, dims[name])[layer.group.rank]
+            local = value.clone(memory_format=torch.contiguous_format)
+            setattr(layer, name, nn.Parameter(local, requires_grad=parameter.requires_grad))
+        return layer
+
+    def reset_parameters(self) -> None:
+        """Draw this rank's logical shards of weight and bias anew."""
+        draw = uniform(-1 / math.sqrt(self.in_features), 1 / math.sqrt(self.in_features))
+        seeds = [self.init_base_seed + shard for shard in self.group.shards]
+        fill_shards(self.group.split(self.weight.detach(), self._weight_dim), seeds, draw)
+        if self.bias is not None:
+            seeds = [seed + SEED_STRIDE // 2 for seed in seeds]
+            if self._bias_dim is None:
+                fill_shards([self.bias.detach()], [self.init_base_seed + SEED_STRIDE // 2], draw)
+            else:
+                fill_shards(self.group.split(self.bias.detach()), seeds, draw)
+
+    def shard_dims(self) -> dict[str, int]:
+        """The sharded parameters and their sharded dim."""
+        dims = {"weight": self._weight_dim}
+        return dims if self._bias_dim is None or self.bias is None else dims | {"bias": self._bias_dim}
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, group={self.group}"
+
+
+class ColumnParallelLinear(_ParallelLinear):
+    """``y = x W^T + b`` with the output features sharded; the gradient of x is summed over all shards.
+
+    ``group`` is a Group, a ProcessGroup, a 1-D DeviceMesh, or None: the initialised default group, or a world of one.
+    ``gather_output`` makes y replicated.
+
+    Raises ValueError when the logical shards do not divide ``out_features``.
+    """
+
+    _weight_dim = 0
+    _bias_dim = 0
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        group: Any = None,
+        gather_output: bool = False,
+        init_base_seed: int = 42,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        super().__init__(in_features, out_features, bias, group, init_base_seed, dtype, device)
+        self.gather_output = gather_output
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., in] -> y [..., out/w]``, or ``[..., out]`` with ``gather_output``."""
+        check_activations(x, self.in_features, "ColumnParallelLinear")
+        y = self.group.join(self.forward_shards(copy_to_shards(x, group=self.group)))
+        return gather_from_region(y, group=self.group) if self.gather_output else y
+
+    def forward_shards(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """One ``x [..., in]`` per logical shard of this rank, from ``copy_to_shards``, to one ``[..., out/V]`` each.
+
+        Layers that share their input (q, k, v; gate, up) share one ``copy_to_shards``, hence one all-reduce backward.
+        """
+        weights = self.group.split(self.weight)
+        biases = [None] * len(weights) if self.bias is None else self.group.split(self.bias)
+        return [F.linear(x, weight, bias) for x, weight, bias in zip(inputs, weights, biases, strict=True)]
+
+
+class RowParallelLinear(_ParallelLinear):
+    """``y = x W^T + b`` with the input features sharded; y is summed over all shards, then the bias is added once.
+
+    ``group`` as for ColumnParallelLinear. With ``input_is_parallel=False`` x is replicated and cut here.
+
+    Raises ValueError when the logical shards do not divide ``in_features``.
+    """
+
+    _weight_dim = 1
+    _bias_dim = None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        group: Any = None,
+        input_is_parallel: bool = True,
+        init_base_seed: int = 42,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        super().__init__(in_features, out_features, bias, group, init_base_seed, dtype, device)
+        self.input_is_parallel = input_is_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., in/w]`` (``[..., in]`` unless ``input_is_parallel``) ``-> y [..., out]``."""
+        local = self.weight.shape[1]
+        check_activations(x, local if self.input_is_parallel else self.in_features, "RowParallelLinear")
+        if not self.input_is_parallel:
+            x = scatter_to_region(x, group=self.group)
+        return self.forward_shards([shard.contiguous() for shard in self.group.split(x, -1)])
+
+    def forward_shards(self, inputs: Sequence[Tensor]) -> Tensor:
+        """One ``x [..., in/V]`` per logical shard of this rank to ``y [..., out]``."""
+        weights = self.group.split(self.weight, 1)
+        terms = [F.linear(x, weight) for x, weight in zip(inputs, weights, strict=True)]
+        y = reduce_from_shards(terms, group=self.group)
+        return y if self.bias is None else y + self.bias

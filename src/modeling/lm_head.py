@@ -1,0 +1,52 @@
+"""The language-model head: hidden states to logits sharded over the vocabulary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..distributed.group import as_group
+from ..sharding import padded_size, shard_size
+from .linear import ColumnParallelLinear
+
+
+class LMHead(ColumnParallelLinear):
+    """A column-parallel linear without bias, ``[v/w, h]``, whose logits ``[b, s, v/w]`` are never gathered.
+
+    ``pad_vocab`` pads a vocabulary that does not divide; padding rows are zero. ``tied_weight`` is the parameter of
+    an embedding over the same group, which then is this layer's weight too.
+
+    Raises ValueError when the vocabulary does not divide and ``pad_vocab`` is not set.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        *,
+        group: Any = None,
+        pad_vocab: bool = False,
+        tied_weight: nn.Parameter | None = None,
+        init_base_seed: int = 42,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        group = as_group(group)
+        rows = padded_size(vocab_size, group.num_shards)
+        if not pad_vocab:
+            remedy = f"pass pad_vocab=True to pad it to {rows}"
+            shard_size("vocab_size", vocab_size, group.num_shards, group.world_size, remedy)
+        self.vocab_size = vocab_size
+        options: dict[str, Any] = {"init_base_seed": init_base_seed, "dtype": dtype}
+        super().__init__(hidden_size, rows, bias=False, group=group, device=device, **options)
+        if tied_weight is not None:
+            self.weight = tied_weight
+
+    def reset_parameters(self) -> None:
+        """Draw this rank's logical shards anew; padding rows become zero."""
+        super().reset_parameters()
+        with torch.no_grad():
+            first = self.group.rank * self.weight.shape[0]
+            self.weight[max(self.vocab_size - first, 0) :].zero_()

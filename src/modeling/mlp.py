@@ -1,0 +1,62 @@
+"""Llama's feed-forward network, its hidden features sharded over the group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..distributed.group import group_or_single
+from ..distributed.random import SEED_STRIDE
+from ..distributed.regions import copy_to_shards
+from ..functional import swiglu
+from .checks import check_activations
+from .linear import ColumnParallelLinear, RowParallelLinear
+
+
+def feed_forward_size(hidden_dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> int:
+    """Llama's rounding: two thirds of ``hidden_dim``, times the multiplier, up to a multiple of ``multiple_of``.
+
+    >>> feed_forward_size(4 * 4096, 1024, 1.3)
+    14336
+    """
+    size = int(2 * hidden_dim / 3)
+    if ffn_dim_multiplier is not None:
+        size = int(ffn_dim_multiplier * size)
+    return multiple_of * -(-size // multiple_of)
+
+
+class FeedForward(nn.Module):
+    """``w2(silu(w1 x) * w3 x)``. w1 and w3 share one ``copy_to_shards``: one all-reduce forward, one backward.
+
+    With ``group=None`` this is an ordinary single-process module. Raises ValueError when the logical shards do not
+    divide the rounded hidden size.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        multiple_of: int,
+        ffn_dim_multiplier: float | None = None,
+        *,
+        group: Any = None,
+        init_base_seed: int = 42,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        super().__init__()
+        self.dim, self.group = dim, group_or_single(group)
+        size = feed_forward_size(hidden_dim, multiple_of, ffn_dim_multiplier)
+        options: dict[str, Any] = {"bias": False, "group": self.group, "dtype": dtype, "device": device}
+        self.w1 = ColumnParallelLinear(dim, size, init_base_seed=init_base_seed, **options)
+        self.w2 = RowParallelLinear(size, dim, init_base_seed=init_base_seed + SEED_STRIDE, **options)
+        self.w3 = ColumnParallelLinear(dim, size, init_base_seed=init_base_seed + 2 * SEED_STRIDE, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., h] -> [..., h]``, both replicated."""
+        check_activations(x, self.dim, "FeedForward")
+        inputs = copy_to_shards(x, group=self.group)
+        gates, ups = self.w1.forward_shards(inputs), self.w3.forward_shards(inputs)
+        return self.w2.forward_shards([swiglu(gate, up) for gate, up in zip(gates, ups, strict=True)])

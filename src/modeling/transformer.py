@@ -1,0 +1,86 @@
+"""A Llama-style decoder: vocabulary-parallel at both ends, tensor-parallel in between."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..distributed.group import group_or_single
+from ..distributed.random import SEED_STRIDE, model_seed
+from ..functional import causal_mask
+from .block import TransformerBlock
+from .config import ModelArgs
+from .lm_head import LMHead
+from .norm import RMSNorm
+from .pos_emb import RotaryFrequencies
+from .vocab_emb import ParallelVocabEmbedding
+
+
+class Transformer(nn.Module):
+    """``ids [b, s]`` to logits sharded over the vocabulary, ``[b, s, v/w]``.
+
+    With ``group=None`` this is an ordinary single-process model. Every parameter draws from a stream of its own,
+    found from ``seed``; with the group's ``num_shards`` fixed, the weights are the same at every world size.
+
+    Raises ValueError for an unset ``vocab_size`` and for sizes that the logical shards do not divide.
+    """
+
+    def __init__(
+        self,
+        args: ModelArgs,
+        *,
+        group: Any = None,
+        seed: int = 42,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        super().__init__()
+        if args.vocab_size < 1:
+            raise ValueError(f"vocab_size={args.vocab_size}: set it in ModelArgs before building a model")
+        self.args, self.group = args, group_or_single(group)
+        base = model_seed(seed)
+        options: dict[str, Any] = {"dtype": dtype, "device": device}
+        self.tok_embeddings = ParallelVocabEmbedding(
+            args.vocab_size,
+            args.dim,
+            process_group=self.group,
+            pad_vocab=args.pad_vocab,
+            init_base_seed=base,
+            **options,
+        )
+        self.layers = nn.ModuleList(
+            TransformerBlock(i, args, group=self.group, init_base_seed=base, **options) for i in range(args.n_layers)
+        )
+        self.norm = RMSNorm(args.dim, args.norm_eps, **options)
+        self.output = LMHead(
+            args.dim,
+            args.vocab_size,
+            group=self.group,
+            pad_vocab=args.pad_vocab,
+            tied_weight=self.tok_embeddings.weight if args.tie_embeddings else None,
+            init_base_seed=base + SEED_STRIDE,
+            **options,
+        )
+        self.frequencies = RotaryFrequencies(args.head_dim, args.max_seq_len, args.rope_theta, device)
+
+    def forward(self, tokens: Tensor, start_pos: int = 0) -> Tensor:
+        """``tokens [b, s] -> logits [b, s, v/w]``, causal, the first token being at position ``start_pos``.
+
+        ``start_pos > 0`` continues from the KV cache, which is filled by calls under ``torch.no_grad()``.
+
+        Raises ValueError for ids outside the vocabulary and for positions beyond ``max_seq_len``.
+        """
+        length = tokens.shape[1]
+        if start_pos < 0 or start_pos + length > self.args.max_seq_len:
+            raise ValueError(
+                f"start_pos={start_pos} + {length} positions must lie in [0, max_seq_len={self.args.max_seq_len}]"
+            )
+        h = self.tok_embeddings(tokens)
+        mask = causal_mask(length, start_pos, dtype=h.dtype, device=h.device) if length > 1 else None
+        freqs_cis = self.frequencies(start_pos, length)
+        for layer in self.layers:
+            h = layer(h, start_pos, freqs_cis, mask)
+        logits: Tensor = self.output(self.norm(h))
+        return logits
