@@ -8,9 +8,11 @@ from .regions import (
     copy_to_region,
     copy_to_shards,
     gather_from_region,
+    join_shards,
     reduce_from_region,
     reduce_from_shards,
     scatter_to_region,
+    split_shards,
 )
 from .runtime import close, init, local_device
 from .simulation import simulate
@@ -28,10 +30,12 @@ __all__ = [
     "copy_to_shards",
     "gather_from_region",
     "init",
+    "join_shards",
     "local_device",
     "reduce_from_region",
     "reduce_from_shards",
     "reduce_scatter",
     "scatter_to_region",
     "simulate",
+    "split_shards",
 ]

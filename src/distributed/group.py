@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal, NoReturn, TypeGuard
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -63,10 +61,6 @@ class Group:
     def split(self, tensor: Tensor, dim: int = 0) -> list[Tensor]:
         """This rank's part of a sharded tensor as one view per logical shard."""
         return [tensor] if len(self.shards) == 1 else list(tensor.chunk(len(self.shards), dim))
-
-    def join(self, shards: Sequence[Tensor], dim: int = -1) -> Tensor:
-        """The inverse of ``split``."""
-        return shards[0] if len(shards) == 1 else torch.cat(list(shards), dim)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Group:
         return self

@@ -72,6 +72,18 @@ class _Gather(torch.autograd.Function):
         return grad.chunk(ctx.group.world_size, ctx.dim)[ctx.group.rank].contiguous(), None, None
 
 
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dim: int, *shards: Tensor) -> Tensor:
+        ctx.dim, ctx.num_shards = dim, len(shards)
+        return torch.cat(shards, dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, *[_canonical(shard) for shard in grad.chunk(ctx.num_shards, ctx.dim)])
+
+
 def copy_to_region(x: Tensor, *, group: Group) -> Tensor:
     """Replicated ``x`` on its way into computation that differs between ranks: gradients are summed over ranks."""
     return x if group.world_size == 1 else _Copy.apply(x, group, 1)[0]  # type: ignore[no-untyped-call]
@@ -112,3 +124,21 @@ def scatter_to_region(x: Tensor, *, group: Group, dim: int = -1) -> Tensor:
 def gather_from_region(x: Tensor, *, group: Group, dim: int = -1) -> Tensor:
     """Slices of ``dim`` to the whole, replicated."""
     return x if group.world_size == 1 else _Gather.apply(x, group, dim)  # type: ignore[no-untyped-call]
+
+
+def split_shards(x: Tensor, *, group: Group, dim: int = -1) -> list[Tensor]:
+    """This rank's slice of a sharded tensor, one tensor per logical shard, in the layout it has at ``w = V``."""
+    return [x] if len(group.shards) == 1 else [_canonical(shard) for shard in group.split(x, dim)]
+
+
+def join_shards(shards: Sequence[Tensor], *, dim: int = -1) -> Tensor:
+    """The inverse of ``split_shards``, with gradients in that layout too."""
+    if len(shards) == 1:
+        return shards[0]
+    joined: Tensor = _Join.apply(dim, *shards)  # type: ignore[no-untyped-call]
+    return joined
+
+
+def _canonical(x: Tensor) -> Tensor:
+    """``x`` contiguous and aligned like a tensor of its own: matrix kernels choose their path by both."""
+    return x if x.is_contiguous() and x.data_ptr() % 64 == 0 else x.clone(memory_format=torch.contiguous_format)

@@ -21,7 +21,14 @@ from torch import Tensor, nn
 
 from ..distributed.group import as_group
 from ..distributed.random import SEED_STRIDE, fill_shards, uniform
-from ..distributed.regions import copy_to_shards, gather_from_region, reduce_from_shards, scatter_to_region
+from ..distributed.regions import (
+    copy_to_shards,
+    gather_from_region,
+    join_shards,
+    reduce_from_shards,
+    scatter_to_region,
+    split_shards,
+)
 from ..sharding import shard_size
 from .checks import check_activations
 
@@ -122,7 +129,7 @@ class ColumnParallelLinear(_ParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in] -> y [..., out/w]``, or ``[..., out]`` with ``gather_output``."""
         check_activations(x, self.in_features, "ColumnParallelLinear")
-        y = self.group.join(self.forward_shards(copy_to_shards(x, group=self.group)))
+        y = join_shards(self.forward_shards(copy_to_shards(x, group=self.group)))
         return gather_from_region(y, group=self.group) if self.gather_output else y
 
     def forward_shards(self, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -130,7 +137,7 @@ class ColumnParallelLinear(_ParallelLinear):
 
         Layers that share their input (q, k, v; gate, up) share one ``copy_to_shards``, hence one all-reduce backward.
         """
-        weights = self.group.split(self.weight)
+        weights = split_shards(self.weight, group=self.group, dim=0)
         biases = [None] * len(weights) if self.bias is None else self.group.split(self.bias)
         return [F.linear(x, weight, bias) for x, weight, bias in zip(inputs, weights, biases, strict=True)]
 
@@ -167,11 +174,11 @@ class RowParallelLinear(_ParallelLinear):
         check_activations(x, local if self.input_is_parallel else self.in_features, "RowParallelLinear")
         if not self.input_is_parallel:
             x = scatter_to_region(x, group=self.group)
-        return self.forward_shards([shard.contiguous() for shard in self.group.split(x, -1)])
+        return self.forward_shards(split_shards(x, group=self.group))
 
     def forward_shards(self, inputs: Sequence[Tensor]) -> Tensor:
         """One ``x [..., in/V]`` per logical shard of this rank to ``y [..., out]``."""
-        weights = self.group.split(self.weight, 1)
+        weights = split_shards(self.weight, group=self.group, dim=1)
         terms = [F.linear(x, weight) for x, weight in zip(inputs, weights, strict=True)]
         y = reduce_from_shards(terms, group=self.group)
         return y if self.bias is None else y + self.bias

@@ -50,3 +50,7 @@ class LMHead(ColumnParallelLinear):
         with torch.no_grad():
             first = self.group.rank * self.weight.shape[0]
             self.weight[max(self.vocab_size - first, 0) :].zero_()
+
+    def unpadded_sizes(self) -> dict[str, int]:
+        """Real lengths of the sharded dims that may be padded."""
+        return {"weight": self.vocab_size}

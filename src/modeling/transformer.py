@@ -22,7 +22,8 @@ class Transformer(nn.Module):
     """``ids [b, s]`` to logits sharded over the vocabulary, ``[b, s, v/w]``.
 
     With ``group=None`` this is an ordinary single-process model. Every parameter draws from a stream of its own,
-    found from ``seed``; with the group's ``num_shards`` fixed, the weights are the same at every world size.
+    found from ``seed``; with the group's ``num_shards`` fixed, the weights are the same at every world size. A tied
+    table has a standard deviation of ``dim^-0.5``, so that logits start small.
 
     Raises ValueError for an unset ``vocab_size`` and for sizes that the logical shards do not divide.
     """
@@ -47,6 +48,7 @@ class Transformer(nn.Module):
             args.dim,
             process_group=self.group,
             pad_vocab=args.pad_vocab,
+            init_std=args.dim**-0.5 if args.tie_embeddings else 1.0,
             init_base_seed=base,
             **options,
         )

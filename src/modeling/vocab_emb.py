@@ -125,6 +125,10 @@ class ParallelVocabEmbedding(nn.Module):
         """The sharded parameters and their sharded dim."""
         return {"weight": 0}
 
+    def unpadded_sizes(self) -> dict[str, int]:
+        """Real lengths of the sharded dims that may be padded."""
+        return {"weight": self.vocab_size}
+
     def forward(self, ids: Tensor) -> Tensor:
         """``ids [b, s] -> E [b, s, e]`` (group mode) or ``Er [b, s, e]`` (simulated-rank mode).
 

@@ -1,0 +1,227 @@
+"""The training job itself: what every rank runs, in whatever way ranks are run."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from src import Group
+from src.checkpoint import load, read_info, save
+from src.distributed import barrier, local_device
+from src.generation import generate
+from src.modeling import ModelArgs, Transformer
+from src.training import Batch, evaluate, train_step, warmup_cosine
+
+from .corpus import Corpus, prepare
+from .report import MetricsLog, ProgressBar, draw_curve
+from .train import Options
+
+KEPT_CHECKPOINTS = 2
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Validation loss in nats per token before and after, and the speed between."""
+
+    first_loss: float
+    last_loss: float
+    bytes_per_token: float
+    tokens_per_second: float
+
+    def __str__(self) -> str:
+        first, last = (loss / math.log(2) / self.bytes_per_token for loss in (self.first_loss, self.last_loss))
+        return (
+            f"validation loss {self.first_loss:.3f} -> {self.last_loss:.3f} nats per token "
+            f"({first:.3f} -> {last:.3f} bits per byte), {self.tokens_per_second:.0f} tokens/s"
+        )
+
+
+def set_threads(options: Options) -> None:
+    """Bits depend on the number of intra-op threads: with logical shards fixed it is 1 unless asked otherwise."""
+    threads = options.threads or (1 if options.num_shards is not None else None)
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def train(group: Group, options: Options) -> Outcome:
+    """Train, validate, save, draw and sample; rank 0 speaks for all."""
+    device = local_device(options.device)
+    corpus = open_corpus(group, options)
+    args = model_args(corpus, options)
+    model = Transformer(args, group=group, seed=options.seed, device=device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=options.weight_decay
+    )
+    checkpoints = options.out / "checkpoints"
+    start, first_loss = restore(checkpoints, model, optimizer, group, options)
+    run = _Run(group, options, corpus, model, optimizer, device)
+    with ExitStack() as stack:
+        log = None
+        if group.rank == 0:
+            describe(group, options, args, corpus, start, model)
+            log = stack.enter_context(MetricsLog(options.out / "metrics.jsonl", start if options.resume else None))
+        bar = stack.enter_context(
+            ProgressBar(options.steps, run.tokens_per_step, start_step=start, enabled=group.rank == 0)
+        )
+        outcome = run.loop(start, first_loss, log, bar)
+    if group.rank == 0:
+        draw_curve(options.out / "metrics.jsonl", options.out / "loss.png")
+        print(f"{outcome}\ncurve {options.out / 'loss.png'}, checkpoints in {checkpoints}")
+    run.sample()
+    return outcome
+
+
+class _Run:
+    """One run: its parts, and the loop over them."""
+
+    def __init__(
+        self,
+        group: Group,
+        options: Options,
+        corpus: Corpus,
+        model: Transformer,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+    ) -> None:
+        self.group, self.options, self.corpus = group, options, corpus
+        self.model, self.optimizer, self.device = model, optimizer, device
+        self.dtype = getattr(torch, options.dtype)
+        self.tokens_per_step = options.batch_size * options.accumulate * options.seq_len
+        batches = corpus.validation_batches(options.batch_size, options.seq_len, options.eval_batches)
+        self.validation = [self._place(batch) for batch in batches]
+
+    def loop(self, start: int, first_loss: float | None, log: MetricsLog | None, bar: ProgressBar) -> Outcome:
+        """From step ``start`` to the end."""
+        options, seconds = self.options, 0.0
+        loss = self._validate(start, log) if first_loss is None else math.nan
+        first_loss = loss if first_loss is None else first_loss
+        for step in range(start, options.steps):
+            began = time.perf_counter()
+            train_loss = self._step(step, log)
+            seconds += time.perf_counter() - began
+            done = step + 1
+            bar.update(done, train_loss)
+            if done % options.eval_every == 0 or done == options.steps:
+                loss = self._validate(done, log)
+            if done % options.save_every == 0 or done == options.steps:
+                self._save(done, first_loss)
+        if math.isnan(loss):
+            loss = self._validate(options.steps, None)
+        speed = (options.steps - start) * self.tokens_per_step / max(seconds, 1e-9)
+        return Outcome(first_loss, loss, self.corpus.bytes_per_token, speed)
+
+    def sample(self) -> None:
+        """Print what the model makes of the prompt."""
+        options, tokenizer = self.options, self.corpus.tokenizer
+        ids = torch.tensor([tokenizer.encode(options.prompt).ids], device=self.device)
+        count = min(options.new_tokens, options.seq_len - ids.shape[1])
+        tokens = generate(self.model, ids, count, temperature=options.temperature, seed=options.seed)
+        text = tokenizer.decode([*ids[0].tolist(), *(int(token) for token in tokens)])
+        if self.group.rank == 0:
+            print(f"\n--- sample, {count} tokens after the prompt ---\n{text}\n---")
+
+    def _step(self, step: int, log: MetricsLog | None) -> float:
+        options = self.options
+        rate = warmup_cosine(step, steps=options.steps, warmup=options.warmup, peak=options.lr)
+        for settings in self.optimizer.param_groups:
+            settings["lr"] = rate
+        batches = [
+            self._place(
+                self.corpus.training_batch(
+                    step * options.accumulate + i, options.batch_size, options.seq_len, options.seed
+                )
+            )
+            for i in range(options.accumulate)
+        ]
+        result = train_step(
+            self.model, self.optimizer, batches, group=self.group, max_norm=options.clip, dtype=self.dtype
+        )
+        loss = result.loss.item()
+        if log is not None:
+            log.write(step + 1, "train", loss=loss, grad_norm=result.grad_norm.item(), lr=rate)
+        return loss
+
+    def _validate(self, step: int, log: MetricsLog | None) -> float:
+        loss = evaluate(self.model, self.validation, group=self.group, dtype=self.dtype)
+        if log is not None:
+            log.write(step, "validation", loss=loss, bits_per_byte=loss / math.log(2) / self.corpus.bytes_per_token)
+        return loss
+
+    def _save(self, step: int, first_loss: float) -> None:
+        folder = self.options.out / "checkpoints"
+        info = {"step": step, "first_loss": first_loss, "model": asdict(self.model.args)}
+        save(folder / f"step-{step:06d}", self.model, self.optimizer, info, group=self.group)
+        if self.group.rank == 0:
+            for old in sorted(folder.glob("step-??????"))[:-KEPT_CHECKPOINTS]:
+                shutil.rmtree(old)
+
+    def _place(self, batch: Batch) -> Batch:
+        return batch[0].to(self.device), batch[1].to(self.device)
+
+
+def open_corpus(group: Group, options: Options) -> Corpus:
+    """Rank 0 prepares the text, which may take a while the first time; the others then find it prepared."""
+    if group.rank > 0:
+        barrier(group)
+    corpus = prepare(options.cache, options.vocab_size, options.data)
+    if group.rank == 0:
+        barrier(group)
+    return corpus
+
+
+def model_args(corpus: Corpus, options: Options) -> ModelArgs:
+    """The shape of the model that the options ask for."""
+    return ModelArgs(
+        dim=options.dim,
+        n_layers=options.layers,
+        n_heads=options.heads,
+        n_kv_heads=options.kv_heads,
+        vocab_size=corpus.vocab_size,
+        multiple_of=options.multiple_of,
+        max_seq_len=options.seq_len,
+        max_batch_size=options.batch_size,
+        pad_vocab=True,
+        tie_embeddings=options.tie_embeddings,
+    )
+
+
+def restore(
+    checkpoints: Path, model: Transformer, optimizer: torch.optim.Optimizer, group: Group, options: Options
+) -> tuple[int, float | None]:
+    """The step to go on from, and the validation loss that the run began with (None: not known yet).
+
+    Raises ValueError when there is an older run and --resume was not given.
+    """
+    found = sorted(checkpoints.glob("step-??????"))
+    if not found:
+        return 0, None
+    if not options.resume:
+        raise ValueError(f"{options.out} holds a run already; pass --resume to continue it, or another --out")
+    step = int(read_info(found[-1])["step"])
+    if step > options.steps:
+        raise ValueError(f"{found[-1]} is at step {step}, beyond --steps {options.steps}; ask for more steps")
+    info = load(found[-1], model, optimizer, group=group)
+    return step, float(info["first_loss"])
+
+
+def describe(group: Group, options: Options, args: ModelArgs, corpus: Corpus, start: int, model: Transformer) -> None:
+    """Say what is about to happen, and leave the settings beside the run."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
+    (options.out / "config.json").write_text(json.dumps({"options": settings, "model": asdict(args)}, indent=1) + "\n")
+    local = sum(parameter.numel() for parameter in model.parameters())
+    begin = f", continuing from step {start}" if start else ""
+    print(
+        f"{len(corpus.train):,} training tokens, vocabulary {corpus.vocab_size}, "
+        f"{corpus.bytes_per_token:.2f} bytes per token\n"
+        f"{args.n_layers} layers, width {args.dim}, tensor parallel over {group.world_size} rank(s): "
+        f"{local:,} parameters on each{begin}",
+        flush=True,
+    )

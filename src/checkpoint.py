@@ -1,0 +1,202 @@
+"""Sharded checkpoints in the format of ``torch.distributed.checkpoint``, written whole or not at all.
+
+Each rank writes its slices with their place in the full tensor, without padding; any world size can read them back.
+A checkpoint is a directory: torch's files, and ``isoshard.json`` with the program's own data and the size of each
+file, by which a truncated checkpoint is known.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+from .distributed import Group, barrier
+from .modeling.parameters import Placement, placements
+from .sharding import valid_size
+
+INFO = "isoshard.json"
+
+
+class ShardView(torch.Tensor):
+    """A sharded tensor as ``torch.distributed.checkpoint`` asks for it: whole in size, holding this rank's slice.
+
+    Shares the slice's storage, so that loading fills it in place. It can be saved and loaded, not computed with.
+    """
+
+    _local: Tensor
+    _offsets: torch.Size
+
+    @staticmethod
+    def __new__(cls, local: Tensor, place: Placement, group: Group) -> ShardView:
+        dim, length = place.dim, local.shape[place.dim or 0]
+        size = torch.Size(place.size if d == dim else n for d, n in enumerate(local.shape))
+        view: ShardView = torch.Tensor._make_wrapper_subclass(cls, size, dtype=local.dtype, device=local.device)
+        view._local = local.narrow(dim or 0, 0, valid_size(place.size, group.rank, length))
+        view._offsets = torch.Size(group.rank * length if d == dim else 0 for d in range(local.dim()))
+        return view
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, *_: Any) -> NoReturn:
+        raise TypeError(f"{func}: a ShardView is for torch.distributed.checkpoint only; use the parameter itself")
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        chunk = ChunkStorageMetadata(offsets=self._offsets, sizes=self._local.shape)
+        return [chunk] if self._local.numel() else []
+
+    def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
+        properties = TensorProperties.create_from_tensor(self._local)
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.size()),
+            )
+            for chunk in self.__create_chunk_list__()
+        ]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        return self._local
+
+
+def sharded_state_dict(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, group: Group
+) -> dict[str, Any]:
+    """Names to this rank's slices (``ShardView``) and replicated tensors: what ``dcp.save`` and ``dcp.load`` take.
+
+    Parameters appear as ``model.<name>``, tied ones once; optimizer state as ``optimizer.<name>.<key>``.
+    """
+    state: dict[str, Any] = {}
+    for place in placements(model, group=group):
+        state[f"model.{place.name}"] = _view(place.parameter.detach(), place, group)
+        for key, value in (optimizer.state.get(place.parameter, {}) if optimizer else {}).items():
+            state[f"optimizer.{place.name}.{key}"] = _view(value, place, group)
+    return state
+
+
+def save(
+    path: str | Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    info: dict[str, Any] | None = None,
+    *,
+    group: Group,
+) -> None:
+    """Write a checkpoint directory ``path``, replacing an older one; ``info`` is data of the program's own, for JSON.
+
+    Everything is written into a directory beside it, which takes the name when all ranks have finished: a checkpoint
+    that can be seen is whole. Called by all ranks.
+    """
+    path = Path(path)
+    building, old = path.with_name(path.name + ".building"), path.with_name(path.name + ".old")
+    if group.rank == 0:
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir(parents=True)
+    barrier(group)
+    state = sharded_state_dict(model, optimizer, group=group)
+    dcp_save(state, storage_writer=FileSystemWriter(building), process_group=group.pg, no_dist=group.world_size == 1)
+    if group.rank == 0:
+        sizes = {file.name: file.stat().st_size for file in sorted(building.iterdir())}
+        (building / INFO).write_text(json.dumps({"info": info or {}, "files": sizes}, indent=1))
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            path.rename(old)
+        building.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    barrier(group)
+
+
+def read_info(path: str | Path) -> dict[str, Any]:
+    """The ``info`` that was saved with the checkpoint at ``path``.
+
+    Raises ValueError when there is no checkpoint there, or a damaged one.
+    """
+    path = Path(path)
+    try:
+        saved = json.loads((path / INFO).read_text())
+        info: dict[str, Any] = saved["info"]
+        files = saved["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is not a checkpoint of isoshard: cannot read {INFO} ({error})") from None
+    for name, size in files.items():
+        found = (path / name).stat().st_size if (path / name).exists() else 0
+        if found != size:
+            raise ValueError(f"checkpoint {path} is damaged: {name} has {found} bytes of {size}")
+    return info
+
+
+def load(
+    path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, group: Group
+) -> dict[str, Any]:
+    """Fill ``model`` and ``optimizer`` in place from the checkpoint at ``path``; return its ``info``.
+
+    The checkpoint may come from any world size. Called by all ranks. Raises ValueError when it is missing, damaged,
+    without optimizer state where that is asked for, or of another model; then nothing has been changed.
+    """
+    info = read_info(path)
+    reader = FileSystemReader(path)
+    metadata = reader.read_metadata()
+    _check_model(path, sharded_state_dict(model, group=group), metadata)
+    if optimizer is not None:
+        _allocate_state(path, model, optimizer, metadata, group)
+    state = sharded_state_dict(model, optimizer, group=group)
+    dcp_load(state, storage_reader=reader, process_group=group.pg, no_dist=group.world_size == 1)
+    return info
+
+
+def _view(value: Any, place: Placement, group: Group) -> Any:
+    """Whatever has the parameter's shape is sharded like it; all else (a step count) is replicated."""
+    if place.dim is None or not isinstance(value, Tensor) or value.shape != place.parameter.shape:
+        return value
+    return ShardView(value, place, group)
+
+
+def _check_model(path: str | Path, state: dict[str, Any], metadata: Metadata) -> None:
+    saved = {name: entry for name, entry in metadata.state_dict_metadata.items() if name.startswith("model.")}
+    for name in sorted(state.keys() | saved.keys()):
+        if name not in saved:
+            raise ValueError(f"checkpoint {path} is of another model: it has no {name}")
+        if name not in state:
+            raise ValueError(f"checkpoint {path} is of another model: this one has no {name}")
+        entry = saved[name]
+        size = list(entry.size) if isinstance(entry, TensorStorageMetadata) else None
+        if size != list(state[name].size()):
+            raise ValueError(
+                f"checkpoint {path} is of another model: {name} is {size} there and {list(state[name].size())} here"
+            )
+
+
+def _allocate_state(
+    path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, metadata: Metadata, group: Group
+) -> None:
+    """Give the optimizer empty state of the kind that was saved."""
+    found = False
+    for place in placements(model, group=group):
+        prefix = f"optimizer.{place.name}."
+        whole = metadata.state_dict_metadata[f"model.{place.name}"]
+        for name, entry in metadata.state_dict_metadata.items():
+            if not name.startswith(prefix) or not isinstance(entry, TensorStorageMetadata):
+                continue
+            like_parameter = isinstance(whole, TensorStorageMetadata) and entry.size == whole.size and entry.size
+            shape = place.parameter.shape if like_parameter else entry.size
+            device = place.parameter.device if like_parameter else "cpu"
+            value = torch.zeros(shape, dtype=entry.properties.dtype, device=device)
+            optimizer.state[place.parameter][name.removeprefix(prefix)] = value
+            found = True
+    if not found:
+        raise ValueError(f"checkpoint {path} holds no optimizer state; pass optimizer=None to load the model alone")
