@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -109,7 +112,8 @@ def save(
         building.mkdir(parents=True)
     barrier(group)
     state = sharded_state_dict(model, optimizer, group=group)
-    dcp_save(state, storage_writer=FileSystemWriter(building), process_group=group.pg, no_dist=group.world_size == 1)
+    with _quiet():
+        dcp_save(state, storage_writer=FileSystemWriter(building), **_where(group))
     if group.rank == 0:
         sizes = {file.name: file.stat().st_size for file in sorted(building.iterdir())}
         (building / INFO).write_text(json.dumps({"info": info or {}, "files": sizes}, indent=1))
@@ -155,8 +159,21 @@ def load(
     if optimizer is not None:
         _allocate_state(path, model, optimizer, metadata, group)
     state = sharded_state_dict(model, optimizer, group=group)
-    dcp_load(state, storage_reader=reader, process_group=group.pg, no_dist=group.world_size == 1)
+    with _quiet():
+        dcp_load(state, storage_reader=reader, **_where(group))
     return info
+
+
+def _where(group: Group) -> dict[str, Any]:
+    return {"no_dist": True} if group.world_size == 1 else {"process_group": group.pg}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warning that a single process is a single process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _view(value: Any, place: Placement, group: Group) -> Any:
