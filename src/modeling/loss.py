@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -41,8 +40,9 @@ def vocab_parallel_cross_entropy(
 
     ``vocab_size`` is the number of real columns when the vocabulary is padded. ``reduction`` and ``ignore_index`` mean
     what they mean in ``F.cross_entropy``; the result, replicated, is in float32 or wider. One collective: an all-gather
-    of log-sum-exp and target logit, 8 bytes per token and logical shard (12 with label smoothing). Statistics are
-    taken in float32 or wider, block by block, and the logits are not modified. z-loss: PaLM (Chowdhery et al. 2022).
+    of maximum, sum of exponentials and target logit, 12 bytes per token and logical shard (16 with label smoothing);
+    an offset common to all logits costs no precision. Statistics are taken in float32 or wider, block by block, and
+    the logits are not modified. z-loss: PaLM (Chowdhery et al. 2022).
 
     Raises TypeError for targets that are not int32 or int64; ValueError for targets outside ``[0, vocab_size)``, for
     shapes that do not fit, and for ``label_smoothing`` outside [0, 1].
@@ -51,22 +51,25 @@ def vocab_parallel_cross_entropy(
     _check(logits, targets, group, vocab_size, label_smoothing, reduction)
     check_ids("targets", targets, vocab_size, group.rank, ignore=ignore_index)
 
-    rows, flat = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1).long().to(logits.device)
+    rows, flat = logits.reshape(-1, logits.shape[-1]).contiguous(), targets.reshape(-1).long().to(logits.device)
     width = logits.shape[-1] // len(group.shards)
     pieces = [
-        _Piece(first=shard * width, start=i * width, valid=valid_size(vocab_size, shard, width))
+        _Piece(shard * width, i * width, (i + 1) * width, valid_size(vocab_size, shard, width))
         for i, shard in enumerate(group.shards)
     ]
     with torch.no_grad():
         local = torch.stack([_statistics(rows, flat, piece, label_smoothing > 0) for piece in pieces])
-        lse, target_logit, *sums = _combine(all_gather(local, group=group))
-        per_token = lse - (1 - label_smoothing) * target_logit + z_loss * lse.square()
+        real = [n for n in (valid_size(vocab_size, j, width) for j in range(group.num_shards)) if n]
+        top, log_sum, target_logit, *sums = _combine(all_gather(local, group=group), real)
+        per_token = log_sum - (1 - label_smoothing) * (target_logit - top)
         if sums:
             per_token -= label_smoothing / vocab_size * sums[0]
+        if z_loss:
+            per_token += z_loss * (top + log_sum).square()
         kept = flat != ignore_index
         per_token = per_token.masked_fill(~kept, 0)
     slopes = (1 - label_smoothing, label_smoothing / vocab_size, z_loss)
-    loss: Tensor = _Loss.apply(rows, per_token, lse, flat, kept, slopes, pieces)  # type: ignore[no-untyped-call]
+    loss: Tensor = _Loss.apply(rows, per_token, top, log_sum, flat, kept, slopes, pieces)  # type: ignore[no-untyped-call]
     if reduction == "none":
         return loss.view(targets.shape)
     return loss.sum() if reduction == "sum" else loss.sum() / kept.sum()
@@ -74,10 +77,11 @@ def vocab_parallel_cross_entropy(
 
 @dataclass(frozen=True)
 class _Piece:
-    """One logical shard: its first vocabulary id, where its columns start in the local logits, how many are real."""
+    """One logical shard: its first vocabulary id, its columns in the local logits, and how many of them are real."""
 
     first: int
     start: int
+    stop: int
     valid: int
 
     @property
@@ -97,28 +101,35 @@ class _Piece:
 
 
 def _statistics(rows: Tensor, targets: Tensor, piece: _Piece, with_sum: bool) -> Tensor:
-    """Log-sum-exp, target logit (0 if it lies elsewhere) and, on request, sum of the logits: ``[2 or 3, n]``."""
-    out = rows.new_zeros(3 if with_sum else 2, len(rows), dtype=wide(rows.dtype))
+    """``[3 or 4, n]``: maximum, sum of exponentials below it, target logit (0 if it lies elsewhere), and on request
+    the sum of the logits below the maximum."""
+    out = rows.new_zeros(4 if with_sum else 3, len(rows), dtype=wide(rows.dtype))
     if piece.valid == 0:
-        out[0] = -math.inf
         return out
     owned, column = piece.locate(targets)
     for block in piece.blocks(len(rows)):
-        x = rows[block, piece.columns].to(out.dtype).contiguous()
-        out[0, block] = x.logsumexp(-1)
-        out[1, block] = x.gather(-1, column[block, None]).squeeze(-1).masked_fill(~owned[block], 0)
+        x = rows[block, piece.columns].to(out.dtype)
+        top = x.amax(-1).clamp_min(torch.finfo(out.dtype).min)
+        below = x - top[:, None]
+        out[0, block] = top
+        out[2, block] = x.gather(-1, column[block, None]).squeeze(-1).masked_fill(~owned[block], 0)
         if with_sum:
-            out[2, block] = x.sum(-1)
+            out[3, block] = below.sum(-1)
+        out[1, block] = below.exp_().sum(-1)
     return out
 
 
-def _combine(statistics: Tensor) -> list[Tensor]:
-    """``[V, k, n] -> k`` tensors ``[n]``: log-sum-exps are combined, the others summed, in the fixed tree."""
-    lse, *others = statistics.unbind(1)
-    top = lse.amax(0)
-    top = top.masked_fill(top.isinf(), 0)
-    total = tree_sum((lse - top).exp().unbind(0)).log() + top
-    return [total, *[tree_sum(terms.unbind(0)) for terms in others]]
+def _combine(statistics: Tensor, real: list[int]) -> list[Tensor]:
+    """``[V, k, n] -> k`` tensors ``[n]``: maximum, log of the sum below it, target logit, sum of logits below it.
+
+    ``real`` has the number of real columns of each logical shard that has any; sums follow the fixed tree.
+    """
+    tops, exps, targets, *sums = statistics[: len(real)].unbind(1)
+    top = tops.amax(0)
+    shift = tops - top
+    log_sum = tree_sum((exps * shift.exp()).unbind(0)).log()
+    below = [tree_sum([s + n * d for s, n, d in zip(sums[0], real, shift, strict=True)])] if sums else []
+    return [top, log_sum, tree_sum(targets.unbind(0)), *below]
 
 
 class _Loss(torch.autograd.Function):
@@ -132,34 +143,37 @@ class _Loss(torch.autograd.Function):
         ctx: Any,
         rows: Tensor,
         per_token: Tensor,
-        lse: Tensor,
+        top: Tensor,
+        log_sum: Tensor,
         targets: Tensor,
         kept: Tensor,
         slopes: tuple[float, float, float],
         pieces: list[_Piece],
     ) -> Tensor:
-        ctx.save_for_backward(rows, lse, targets, kept)
+        ctx.save_for_backward(rows, top, log_sum, targets, kept)
         ctx.slopes, ctx.pieces = slopes, pieces
         return per_token.view_as(per_token)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, lse, targets, kept = ctx.saved_tensors
+        rows, top, log_sum, targets, kept = ctx.saved_tensors
         slope_target, slope_sum, z_loss = ctx.slopes
         grad = grad.masked_fill(~kept, 0)[:, None]
-        lse = lse[:, None]
-        by_lse = grad * (1 + 2 * z_loss * lse)
-        out = torch.zeros_like(rows, memory_format=torch.contiguous_format)
+        top, log_sum = top[:, None], log_sum[:, None]
+        by_lse = grad * (1 + 2 * z_loss * (top + log_sum))
+        out = torch.empty_like(rows, memory_format=torch.contiguous_format)
         for piece in ctx.pieces:
+            out[:, piece.columns.stop : piece.stop] = 0
             owned, column = piece.locate(targets)
             at_target = (-slope_target * grad).masked_fill(~owned[:, None], 0)
             for block in piece.blocks(len(rows)):
-                softmax = (rows[block, piece.columns].to(lse.dtype) - lse[block]).exp_()
+                below = rows[block, piece.columns].to(top.dtype) - top[block]
+                softmax = below.sub_(log_sum[block]).exp_()
                 slope = softmax.mul_(by_lse[block]).sub_(slope_sum * grad[block])
                 if piece.valid:
                     out[block, piece.columns] = slope.scatter_add_(-1, column[block, None], at_target[block])
-        return out, None, None, None, None, None, None
+        return out, None, None, None, None, None, None, None
 
 
 def _check(

@@ -1,0 +1,232 @@
+"""Vocabulary-parallel cross-entropy against ``F.cross_entropy`` in float64, values and gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from src import Group, Ledger
+from src.modeling import loss as loss_module
+from src.modeling import vocab_parallel_cross_entropy
+
+from .conftest import OnRanks
+from .places import places
+
+COLUMNS = 104
+TOLERANCES = {torch.float64: (1e-12, 1e-12), torch.float32: (1e-5, 1e-6), torch.bfloat16: (1e-5, 1e-2)}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "mean": {},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+    "ignore": {"ignore_index": 7},
+    "smoothing": {"label_smoothing": 0.1},
+    "z_loss": {"z_loss": 1e-2},
+    "all-mean": {"label_smoothing": 0.2, "z_loss": 1e-2, "vocab_size": 99},
+    "all-sum": {"label_smoothing": 1.0, "z_loss": 1e-3, "vocab_size": 90, "ignore_index": 7, "reduction": "sum"},
+    "all-none": {"label_smoothing": 0.1, "z_loss": 1e-3, "vocab_size": 77, "reduction": "none"},
+}
+
+
+def inputs(
+    dtype: torch.dtype, options: dict[str, Any] | None = None, shape: tuple[int, ...] = (3, 7), scale: float = 2.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of all ranks, targets of which some are ignored, and the gradient that ``reduction="none"`` receives."""
+    options = options or {}
+    vocab_size = options.get("vocab_size", COLUMNS)
+    generator = torch.Generator().manual_seed(0)
+    logits = (scale * torch.randn(*shape, COLUMNS, dtype=torch.float64, generator=generator)).to(dtype)
+    targets = torch.randint(vocab_size, shape, generator=generator)
+    targets.view(-1)[:4] = torch.tensor([options.get("ignore_index", -100), 7, 0, vocab_size - 1])
+    return logits, targets, torch.randn(shape, dtype=torch.float64, generator=generator)
+
+
+def reference(logits: Tensor, targets: Tensor, grad: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The loss in float64 and its gradient in all columns."""
+    known = {"ignore_index": -100, "label_smoothing": 0.0} | options
+    vocab_size, z_loss = known.pop("vocab_size", COLUMNS), known.pop("z_loss", 0.0)
+    reduction = known.pop("reduction", "mean")
+    leaf = logits.to(torch.float64, copy=True).requires_grad_()
+    rows, kept = leaf[..., :vocab_size].flatten(0, -2), targets.flatten() != known["ignore_index"]
+    per_token = F.cross_entropy(rows, targets.flatten(), reduction="none", **known)
+    per_token = (per_token + z_loss * rows.logsumexp(-1).square()).masked_fill(~kept, 0)
+    total = per_token.sum()
+    loss = {"mean": total / kept.sum(), "sum": total, "none": per_token.view(targets.shape)}[reduction]
+    loss.backward(grad if reduction == "none" else None)
+    return loss.detach(), leaf.grad
+
+
+def slice_of(group: Group, logits: Tensor) -> Tensor:
+    return logits.chunk(group.world_size, -1)[group.rank].contiguous()
+
+
+def program(group: Group, logits: Tensor, targets: Tensor, grad: Tensor, options: dict[str, Any]) -> Any:
+    leaf = slice_of(group, logits).requires_grad_()
+    loss = vocab_parallel_cross_entropy(leaf, targets, group=group, **options)
+    loss.backward(grad.to(loss.dtype) if loss.dim() else None)
+    return loss.detach(), leaf.grad
+
+
+def whole(results: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The replicated loss, and the gradient in all columns."""
+    for loss, _ in results:
+        torch.testing.assert_close(loss, results[0][0], rtol=0, atol=0, equal_nan=True)
+    return results[0][0], torch.cat([grad for _, grad in results], -1)
+
+
+def check(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
+    value, slope = TOLERANCES[dtype]
+    assert got[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert got[1].dtype == dtype
+    torch.testing.assert_close(got[0].double(), want[0], rtol=value, atol=value)
+    torch.testing.assert_close(got[1].double(), want[1], rtol=slope, atol=slope * 1e-2)
+
+
+@places()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_values_and_gradients(place: Any, on_ranks: OnRanks, dtype: torch.dtype) -> None:
+    for options in VARIANTS.values():
+        case = (*inputs(dtype, options), options)
+        check(whole(on_ranks(place, program, *case)), reference(*case), dtype)
+
+
+@pytest.mark.parametrize("padding", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("num_shards", [None, 8])
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_padded_columns_are_never_read(
+    on_ranks: OnRanks, padding: float, num_shards: int | None, world_size: int
+) -> None:
+    options = {"label_smoothing": 0.2, "z_loss": 1e-2, "vocab_size": 75}
+    logits, targets, grad = inputs(torch.float32, options)
+    want = reference(logits, targets, grad, options)
+    logits[..., 75:] = padding
+    place = ("simulated", world_size)
+    got = whole(on_ranks(place, program, logits, targets, grad, options, num_shards=num_shards))
+    check(got, want, torch.float32)
+    assert torch.equal(got[1][..., 75:], torch.zeros(3, 7, COLUMNS - 75))
+
+
+@pytest.mark.parametrize("elements", [1, 2 * COLUMNS, 5 * COLUMNS])
+@pytest.mark.parametrize("num_shards", [None, 8])
+def test_blocks_of_rows(
+    on_ranks: OnRanks, monkeypatch: pytest.MonkeyPatch, elements: int, num_shards: int | None
+) -> None:
+    monkeypatch.setattr(loss_module, "BLOCK_ELEMENTS", elements)
+    options = {"label_smoothing": 0.1, "z_loss": 1e-2, "reduction": "none"}
+    case = (*inputs(torch.float32, options), options)
+    check(whole(on_ranks(("simulated", 2), program, *case, num_shards=num_shards)), reference(*case), torch.float32)
+
+
+def test_large_logits(on_ranks: OnRanks) -> None:
+    options = {"z_loss": 1e-4}
+    case = (*inputs(torch.float32, options, scale=1e4), options)
+    (loss, grad), (want, want_grad) = whole(on_ranks(("simulated", 2), program, *case)), reference(*case)
+    assert want > 1e4
+    torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(grad.double(), want_grad, rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2, "vocab_size": 90}], ids=["plain", "smoothing"])
+@pytest.mark.parametrize("num_shards", [None, 8])
+def test_a_constant_added_to_all_logits_changes_nothing(
+    on_ranks: OnRanks, options: dict[str, Any], num_shards: int | None
+) -> None:
+    logits, targets, grad = inputs(torch.float64, options)
+    logits = (logits * 64).round() / 64
+    shifted = (logits + 2**14).float()
+    assert torch.equal(shifted.double(), logits + 2**14)
+    got = whole(on_ranks(("simulated", 2), program, shifted, targets, grad, options, num_shards=num_shards))
+    check(got, reference(logits, targets, grad, options), torch.float32)
+
+
+@pytest.mark.parametrize("reduction, value", [("mean", float("nan")), ("sum", 0.0)])
+def test_all_targets_ignored(on_ranks: OnRanks, reduction: str, value: float) -> None:
+    logits, targets, grad = inputs(torch.float32)
+    options = {"reduction": reduction}
+    loss, slopes = whole(on_ranks(("simulated", 2), program, logits, targets.fill_(-100), grad, options))
+    torch.testing.assert_close(loss, torch.tensor(value), equal_nan=True)
+    assert torch.equal(slopes, torch.zeros_like(logits))
+
+
+def untouched(group: Group, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Strided logits and int32 targets give what contiguous ones give, and stay as they are."""
+    plain = slice_of(group, logits)
+    leaf = plain.transpose(0, -1).contiguous().transpose(0, -1).requires_grad_()
+    targets_before = targets.clone()
+    assert not leaf.is_contiguous()
+    loss = vocab_parallel_cross_entropy(leaf, targets.int(), group=group)
+    loss.backward()
+    assert torch.equal(leaf.detach(), plain) and torch.equal(targets, targets_before)
+    return loss.detach(), leaf.grad
+
+
+@places()
+@pytest.mark.parametrize("shape", [(9,), (3, 7), (2, 3, 4)])
+def test_leading_shapes_strides_and_inputs_left_alone(place: Any, on_ranks: OnRanks, shape: tuple[int, ...]) -> None:
+    logits, targets, grad = inputs(torch.float32, shape=shape)
+    want = whole(on_ranks(place, program, logits, targets, grad, {}))
+    got = whole(on_ranks(place, untouched, logits, targets))
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-8)
+    none = on_ranks(place, program, logits, targets, grad, {"reduction": "none"})[0][0]
+    assert none.shape == shape
+
+
+def sent(group: Group, logits: Tensor, targets: Tensor, smoothing: float) -> list[tuple[str, str, int]]:
+    leaf = slice_of(group, logits).requires_grad_()
+    with Ledger() as ledger:
+        vocab_parallel_cross_entropy(leaf, targets, group=group, label_smoothing=smoothing).backward()
+    return [(r.op, r.phase, r.payload_bytes) for r in ledger.records]
+
+
+@places()
+@pytest.mark.parametrize("num_shards", [None, 4])
+def test_one_collective_forward_and_none_backward(place: Any, on_ranks: OnRanks, num_shards: int | None) -> None:
+    logits, targets, _ = inputs(torch.bfloat16)
+    shards = 1 if num_shards is None else num_shards // place[1]
+    for smoothing, token_bytes in ((0.0, 12), (0.1, 16)):
+        want = [] if place[1] == 1 else [("all_gather", "forward", targets.numel() * token_bytes * shards)]
+        assert on_ranks(place, sent, logits, targets, smoothing, num_shards=num_shards) == [want] * place[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["mean", "all-mean", "all-sum", "all-none"])
+def test_same_bits_at_every_size(on_ranks: OnRanks, dtype: torch.dtype, name: str) -> None:
+    options = VARIANTS[name]
+    case = (*inputs(dtype, options), options)
+    want = whole(on_ranks(("simulated", 1), program, *case, num_shards=8))
+    for place in [("simulated", 2), ("simulated", 4), ("simulated", 8), ("gloo", 2)]:
+        got = whole(on_ranks(place, program, *case, num_shards=8))
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1]), place
+
+
+def fails(logits: Tensor, targets: Tensor, **options: Any) -> None:
+    vocab_parallel_cross_entropy(logits, targets, group=options.pop("group", Group.single()), **options)
+
+
+def test_errors() -> None:
+    logits, targets = torch.zeros(2, 3, 8), torch.zeros(2, 3, dtype=torch.int64)
+    above, below = targets.clone(), targets.clone()
+    above[1, 2], below[0, 1] = 8, -1
+    with pytest.raises(ValueError, match=r"targets: value 8 at position \(1, 2\) on rank 0 is outside \[0, 8\)"):
+        fails(logits, above)
+    with pytest.raises(ValueError, match=r"targets: value -1 at position \(0, 1\) on rank 0"):
+        fails(logits, below)
+    with pytest.raises(ValueError, match=r"value 8 .* outside \[0, 6\)"):
+        fails(logits, above, vocab_size=6)
+    with pytest.raises(TypeError, match=r"targets must be int32 or int64, not torch.float32"):
+        fails(logits, targets.float())
+    with pytest.raises(TypeError, match=r"logits must be floating-point, not torch.int64"):
+        fails(logits.long(), targets)
+    with pytest.raises(ValueError, match=r"targets \[2\] must have the leading shape of logits \[2, 3, 8\]"):
+        fails(logits, targets[:, 0])
+    with pytest.raises(ValueError, match=r"vocab_size=9 does not fit the 8 columns"):
+        fails(logits, targets, vocab_size=9)
+    with pytest.raises(ValueError, match=r"8 local columns do not divide into 16 logical shards"):
+        fails(logits, targets, group=Group.single(16))
+    with pytest.raises(ValueError, match=r"label_smoothing=1.5 must lie in \[0, 1\]"):
+        fails(logits, targets, label_smoothing=1.5)
+    with pytest.raises(ValueError, match=r"reduction='avg' is not"):
+        fails(logits, targets, reduction="avg")

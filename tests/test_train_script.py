@@ -1,0 +1,98 @@
+"""The main job: three ways to run it, resuming, and what it says to bad input."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts.train import main
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = [
+    "--vocab-size", "300", "--layers", "1", "--dim", "32", "--multiple-of", "32", "--seq-len", "24",
+    "--batch-size", "4", "--eval-batches", "2", "--eval-every", "4", "--save-every", "4", "--new-tokens", "6",
+]  # fmt: skip
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> list[str]:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(400)))
+    return [*SMALL, "--data", str(text), "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "run")]
+
+
+def metrics(out: Path, kind: str) -> dict[int, float]:
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {record["step"]: record["loss"] for record in records if record["kind"] == kind}
+
+
+def test_a_run_learns_and_leaves_everything(
+    tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([*arguments, "--simulate", "2", "--steps", "12", "--warmup", "2", "--accumulate", "2"])
+    out = tmp_path / "run"
+    validation = metrics(out, "validation")
+    assert list(validation) == [0, 4, 8, 12]
+    assert validation[12] < validation[0] - 1
+    assert list(metrics(out, "train")) == list(range(1, 13))
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((out / "config.json").read_text())["model"]["dim"] == 32
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-000008", "step-000012"]
+    shown = capsys.readouterr().out
+    assert re.search(r"validation loss \d\.\d+ -> \d\.\d+ nats per token \(.* bits per byte\), \d+ tokens/s", shown)
+    assert "sample, 6 tokens" in shown and "import os" in shown
+
+
+@pytest.mark.parametrize("ways", [("1", "1"), ("4", "2")], ids=["same size", "other size"])
+def test_resuming_continues_the_same_run(tmp_path: Path, arguments: list[str], ways: tuple[str, str]) -> None:
+    shards = ["--num-shards", "4", "--warmup", "2"]
+    main([*arguments, *shards, "--simulate", "2", "--steps", "8", "--out", str(tmp_path / "whole")])
+    main([*arguments, *shards, "--simulate", ways[0], "--steps", "8", "--save-every", "5", "--resume"])
+    newest = tmp_path / "run" / "checkpoints" / "step-000008"
+    newest.rename(tmp_path / "gone")
+    main([*arguments, *shards, "--simulate", ways[1], "--steps", "8", "--resume"])
+    assert newest.exists()
+    for kind in ("train", "validation"):
+        assert metrics(tmp_path / "run", kind) == metrics(tmp_path / "whole", kind)
+
+
+def test_torchrun_gives_the_bits_of_simulation(tmp_path: Path, arguments: list[str]) -> None:
+    main([*arguments, "--simulate", "2", "--steps", "4", "--threads", "1", "--out", str(tmp_path / "simulated")])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "scripts.train", *arguments, "--steps", "4", "--device", "cpu", "--threads", "1"]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr
+    for kind in ("train", "validation"):
+        assert metrics(tmp_path / "run", kind) == metrics(tmp_path / "simulated", kind)
+
+
+@pytest.mark.parametrize("simulate", [[], ["--simulate", "2"]], ids=["single", "simulated"])
+def test_bad_input_ends_with_one_sentence(tmp_path: Path, arguments: list[str], simulate: list[str]) -> None:
+    def error(*more: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main([*arguments, *simulate, *more, "--steps", "2"])
+        return str(ended.value)
+
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    assert re.match(r"error: found no text in data=.*empty\.txt", error("--data", str(empty)))
+    assert "vocab_size=100 is too small" in error("--vocab-size", "100")
+    assert "too few for one sequence of seq_len=99999" in error("--seq-len", "99999")
+    assert "n_heads=7 must divide dim=32" in error("--heads", "7")
+    main([*arguments, *simulate, "--steps", "2"])
+    assert "holds a run already; pass --resume" in error()
+    assert "of another model" in error("--resume", "--layers", "2")
+    damaged = tmp_path / "run" / "checkpoints" / "step-000002" / ".metadata"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert "is damaged: .metadata" in error("--resume")
+
+
+def test_options_that_make_no_sense(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*arguments, "--steps", "0"])
+    assert "--steps must be at least 1, not 0" in capsys.readouterr().err
