@@ -98,8 +98,10 @@ def apply_rotary_pos_emb(input: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Computed in the tables' dtype (or the input's where that is wider); the output has input's dtype and device.
 
-    Raises ValueError when the tables do not fit the input.
+    Raises ValueError for an odd hd and when the tables do not fit the input.
     """
+    if input.shape[-1] % 2:
+        raise ValueError(f"hd={input.shape[-1]} must be even: channels are rotated in pairs")
     if cos.shape != sin.shape or cos.shape[-1] != input.shape[-1] or cos.shape[0] != input.shape[1]:
         raise ValueError(
             f"cos {list(cos.shape)} and sin {list(sin.shape)} must both be [s, hd] = "
@@ -122,8 +124,10 @@ def rotate_neighbours(x: Tensor, freqs_cis: Tensor) -> Tensor:
     Llama 3's pairing, which differs from that of ``apply_rotary_pos_emb`` by ``neighbours_to_halves``. Computed in
     float32 or wider; the output has x's dtype and device.
 
-    Raises ValueError when the frequencies do not fit.
+    Raises ValueError when the frequencies do not fit, TypeError when they are not complex.
     """
+    if not freqs_cis.is_complex():
+        raise TypeError(f"freqs_cis must be complex, as precompute_freqs_cis gives it, not {freqs_cis.dtype}")
     if freqs_cis.shape != (x.shape[1], x.shape[-1] // 2):
         raise ValueError(
             f"freqs_cis must be [s, hd / 2] = [{x.shape[1]}, {x.shape[-1] // 2}] for x {list(x.shape)}, "
@@ -134,20 +138,28 @@ def rotate_neighbours(x: Tensor, freqs_cis: Tensor) -> Tensor:
 
 
 def neighbours_to_halves(weight: Tensor, num_heads: int) -> Tensor:
-    """Reorder the rows of a query or key projection ``[nh * hd, in]`` from Llama's pairing to that of halves."""
-    head_dim = weight.shape[0] // num_heads
-    return weight.view(num_heads, head_dim // 2, 2, -1).transpose(1, 2).reshape(weight.shape)
+    """Reorder the rows of a query or key projection ``[nh * hd, in]`` from Llama's pairing to that of halves.
+
+    Raises ValueError when ``num_heads`` heads of an even size are not what the rows make.
+    """
+    return weight.view(num_heads, _pairs(weight, num_heads), 2, -1).transpose(1, 2).reshape(weight.shape)
 
 
 def halves_to_neighbours(weight: Tensor, num_heads: int) -> Tensor:
     """The inverse of ``neighbours_to_halves``."""
-    head_dim = weight.shape[0] // num_heads
-    return weight.view(num_heads, 2, head_dim // 2, -1).transpose(1, 2).reshape(weight.shape)
+    return weight.view(num_heads, 2, _pairs(weight, num_heads), -1).transpose(1, 2).reshape(weight.shape)
 
 
 def causal_mask(length: int, start_pos: int = 0, *, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Additive mask ``[length, start_pos + length]``: 0 where a query may look, -inf at later positions."""
     return torch.full((length, start_pos + length), -math.inf, dtype=dtype, device=device).triu(start_pos + 1)
+
+
+def _pairs(weight: Tensor, num_heads: int) -> int:
+    """Rotated pairs of one head."""
+    if weight.shape[0] % (2 * num_heads):
+        raise ValueError(f"{weight.shape[0]} rows are not num_heads={num_heads} heads of an even size")
+    return weight.shape[0] // (2 * num_heads)
 
 
 def _angles(length: int, dim: int, base: float, dtype: torch.dtype, device: str | torch.device) -> Tensor:

@@ -6,19 +6,33 @@ consecutive shards ``[r * V / w, (r + 1) * V / w)``. V decides the bits, w only 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
+MAX_SHARDS = 512
+"""More logical shards than this would share random streams between parameters."""
+
 
 def check_num_shards(num_shards: int, world_size: int) -> None:
-    """Raise ValueError unless ``num_shards`` logical shards can live on ``world_size`` ranks."""
-    if num_shards < 1 or num_shards % world_size:
-        raise ValueError(
-            f"num_shards={num_shards} must be a positive multiple of world_size={world_size}; "
-            f"pass num_shards={max(1, -(-num_shards // world_size)) * world_size} or run on fewer ranks"
-        )
-    if num_shards > world_size and num_shards & (num_shards - 1):
-        raise ValueError(
-            f"num_shards={num_shards} must be a power of two when it exceeds world_size={world_size}, "
-            "so that local and cross-rank sums form one binary tree; pass the next power of two"
-        )
+    """Raise ValueError unless ``num_shards`` logical shards can live on ``world_size`` ranks.
+
+    They must divide evenly; and above one per rank they must be a power of two, so that local and cross-rank sums form
+    one binary tree.
+    """
+    if num_shards > MAX_SHARDS:
+        raise ValueError(f"num_shards={num_shards} exceeds {MAX_SHARDS}; pass fewer")
+    if num_shards == world_size or (
+        num_shards > world_size and _power_of_two(num_shards) and _power_of_two(world_size)
+    ):
+        return
+    fits = world_size if not _power_of_two(world_size) else max(world_size, 1 << max(num_shards - 1, 0).bit_length())
+    raise ValueError(
+        f"num_shards={num_shards} must equal world_size={world_size}, or be a larger power of two that it divides; "
+        f"pass num_shards={fits}"
+    )
+
+
+def _power_of_two(n: int) -> bool:
+    return n > 0 and n & (n - 1) == 0
 
 
 def check_rank(rank: int, world_size: int) -> None:
@@ -69,3 +83,14 @@ def valid_size(size: int, shard: int, length: int) -> int:
     [4, 4, 2, 0]
     """
     return min(max(size - shard * length, 0), length)
+
+
+def run_lengths(start: int, length: int, group_size: int) -> list[int]:
+    """Cut ``[start, start + length)`` at the multiples of ``group_size``.
+
+    >>> run_lengths(6, 6, 8)
+    [2, 4]
+    """
+    stop = start + length
+    cuts = [start, *range(start - start % group_size + group_size, stop, group_size), stop]
+    return [after - before for before, after in pairwise(cuts)]

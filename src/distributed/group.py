@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NoReturn, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 import torch.distributed as dist
 from torch import Tensor
@@ -23,13 +23,17 @@ class Group:
 
     ``pg`` is a ProcessGroup, a 1-D DeviceMesh, or None: the initialised default group, or a world of one.
 
-    Raises ValueError when this process is not in ``pg``, when ``num_shards`` does not fit ``world_size``, or for
-    an unknown ``reduce_order``.
+    Raises TypeError for any other ``pg``; ValueError when this process is not in ``pg``, when ``num_shards`` does not
+    fit ``world_size``, or for an unknown ``reduce_order``.
     """
 
     def __init__(self, pg: Any = None, *, num_shards: int | None = None, reduce_order: ReduceOrder = "backend") -> None:
         if hasattr(pg, "get_group"):
+            if pg.ndim != 1:
+                raise ValueError(f'a DeviceMesh of {pg.ndim} axes is no group; pass one axis of it, as mesh["tp"]')
             pg = pg.get_group()
+        elif not (pg is None or pg == dist.GroupMember.NON_GROUP_MEMBER or isinstance(pg, ProcessGroup)):
+            raise TypeError(f"a Group, a ProcessGroup, a 1-D DeviceMesh or None was expected, not {pg!r}")
         if pg is None and dist.is_available() and dist.is_initialized():
             pg = dist.group.WORLD
         self._setup(pg, num_shards, reduce_order)
@@ -59,14 +63,22 @@ class Group:
         return shard_range(self.rank, self.world_size, self.num_shards)
 
     def split(self, tensor: Tensor, dim: int = 0) -> list[Tensor]:
-        """This rank's part of a sharded tensor as one view per logical shard."""
-        return [tensor] if len(self.shards) == 1 else list(tensor.chunk(len(self.shards), dim))
+        """This rank's part of a sharded tensor as one view per logical shard.
+
+        Raises ValueError when its logical shards do not divide the size of ``dim``.
+        """
+        count = len(self.shards)
+        if tensor.shape[dim] % count:
+            raise ValueError(f"size {tensor.shape[dim]} of dim {dim} cannot be split into {count} logical shards")
+        return [tensor] if count == 1 else list(tensor.chunk(count, dim))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Group:
         return self
 
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a Group belongs to a running process and cannot be pickled; save state_dict() instead")
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.pg is not None:
+            raise TypeError("a Group belongs to a running process and cannot be pickled; save state_dict() instead")
+        return Group.single, (self.num_shards if self.reduce_order == "tree" else None,)
 
     def __repr__(self) -> str:
         return (

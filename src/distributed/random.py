@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 SEED_STRIDE = 1024
-"""Distance between the base seeds of two parameters; shard ``j`` draws from ``base + j``, so V must stay below it."""
+"""Distance between the base seeds of two layers: ``MAX_SHARDS`` streams for a weight, then as many for a bias."""
 
 Fill = Callable[[Tensor, torch.Generator], object]
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import threading
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from .group import Group, ReduceOrder
+from .lockstep import RankThread
 
 
 def init(
@@ -36,8 +38,6 @@ def init(
             raise ValueError(
                 f"WORLD_SIZE={os.environ['WORLD_SIZE']} but RANK is not set; start the program with torchrun"
             )
-        else:
-            return Group.single(num_shards)
     return Group(num_shards=num_shards, reduce_order=reduce_order)
 
 
@@ -52,7 +52,8 @@ def local_device(device: str | torch.device | None = None) -> torch.device:
 
 
 def close() -> None:
-    """Wait for all ranks, then leave the default group; does nothing where there is none."""
+    """Wait for all ranks, then leave the default group, if there is one; ``simulate`` ends its own by itself."""
     if dist.is_initialized():
         dist.barrier()
-        dist.destroy_process_group()
+        if not isinstance(threading.current_thread(), RankThread):
+            dist.destroy_process_group()

@@ -70,7 +70,8 @@ def simulate(
         return lockstep.run(body)
     finally:
         torch.set_num_threads(threads)
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
         sys.excepthook = hook
 
 

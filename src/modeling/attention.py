@@ -54,6 +54,7 @@ class Attention(nn.Module):
         self.wo = RowParallelLinear(width, args.dim, init_base_seed=seeds[3], **options)
         self.register_buffer("cache_k", None, persistent=False)
         self.register_buffer("cache_v", None, persistent=False)
+        self._cached = (0, 0)  # sequences and positions that the cache holds
 
     def forward(self, x: Tensor, start_pos: int, freqs_cis: Tensor, mask: Tensor | None = None) -> Tensor:
         """``x [b, s, h] -> [b, s, h]``, both replicated.
@@ -65,14 +66,13 @@ class Attention(nn.Module):
         Raises ValueError for positions beyond ``max_seq_len``, batches above ``max_batch_size`` (both where the cache
         is used) and a mask of another shape, TypeError for a mask of another dtype.
         """
-        check_activations(x, self.args.dim, "Attention")
-        self._check_mask(x, start_pos, mask)
-        batch, length, _ = x.shape
+        check_activations(x, self.args.dim, "Attention", dims=3)
+        self._check_positions(x, start_pos, mask)
         inputs = copy_to_shards(x, group=self.group)
         q, k, v = (self._heads(projection, inputs) for projection in (self.wq, self.wk, self.wv))
         q, k = ([rotate_neighbours(heads, freqs_cis) for heads in shards] for shards in (q, k))
         if start_pos > 0 or not torch.is_grad_enabled():
-            k, v = self._through_cache(k, v, batch, start_pos, length)
+            k, v = self._through_cache(k, v, start_pos)
         return self.wo.forward_shards([self._attend(*qkv, mask) for qkv in zip(q, k, v, strict=True)])
 
     def _heads(self, projection: ColumnParallelLinear, inputs: list[Tensor]) -> list[Tensor]:
@@ -85,28 +85,22 @@ class Attention(nn.Module):
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped).transpose(1, 2).flatten(-2)
 
-    def _through_cache(
-        self, k: list[Tensor], v: list[Tensor], batch: int, start_pos: int, length: int
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Store the new keys and values; give back those of all positions ``[0, start_pos + length)``."""
-        end = start_pos + length
-        if batch > self.args.max_batch_size:
-            raise ValueError(f"batch size {batch} exceeds max_batch_size={self.args.max_batch_size} of the KV cache")
-        if start_pos < 0 or end > self.args.max_seq_len:
-            raise ValueError(
-                f"start_pos={start_pos} + {length} positions must lie in [0, max_seq_len={self.args.max_seq_len}]"
-            )
-        if self.cache_k is None or self.cache_v is None or (start_pos == 0 and self.cache_k.dtype != k[0].dtype):
-            if start_pos > 0:
-                raise ValueError(f"start_pos={start_pos} but the KV cache is empty; begin at start_pos=0 under no_grad")
+    def _through_cache(self, k: list[Tensor], v: list[Tensor], start_pos: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Store the new keys and values; give back those of all positions ``[0, start_pos + s)``."""
+        batch, end = k[0].shape[0], start_pos + k[0].shape[1]
+        self._check_cache(batch, start_pos, end)
+        if self.cache_k is None or self.cache_v is None or self.cache_k.dtype != k[0].dtype:
             self.cache_k, self.cache_v = self._new_cache(k[0]), self._new_cache(v[0])
+        self._cached = (batch, end)
 
         def seen(fresh: Tensor, stored: Tensor) -> Tensor:
             with torch.no_grad():
                 stored[:batch, start_pos:end] = fresh
             if start_pos == 0:
                 return fresh
-            return torch.cat([stored[:batch, :start_pos], fresh], 1) if fresh.requires_grad else stored[:batch, :end]
+            return (
+                torch.cat([stored[:batch, :start_pos], fresh], 1) if torch.is_grad_enabled() else stored[:batch, :end]
+            )
 
         caches = (self.group.split(cache, 2) for cache in (self.cache_k, self.cache_v))
         new_k, new_v = (list(map(seen, new, cache)) for new, cache in zip((k, v), caches, strict=True))
@@ -117,7 +111,26 @@ class Attention(nn.Module):
         with torch.inference_mode(False):
             return like.new_zeros(self.args.max_batch_size, self.args.max_seq_len, heads, self.args.head_dim)
 
-    def _check_mask(self, x: Tensor, start_pos: int, mask: Tensor | None) -> None:
+    def _check_cache(self, batch: int, start_pos: int, end: int) -> None:
+        if batch > self.args.max_batch_size:
+            raise ValueError(
+                f"batch size {batch} exceeds max_batch_size={self.args.max_batch_size} of the KV cache, which calls "
+                "without gradients fill; raise max_batch_size"
+            )
+        if end > self.args.max_seq_len:
+            raise ValueError(
+                f"start_pos={start_pos} + {end - start_pos} positions exceed max_seq_len={self.args.max_seq_len}"
+            )
+        sequences, positions = self._cached
+        if start_pos > 0 and (start_pos > positions or batch > sequences):
+            raise ValueError(
+                f"start_pos={start_pos} and batch size {batch}, but the KV cache holds {positions} positions of "
+                f"{sequences} sequences; begin at start_pos=0 under torch.no_grad()"
+            )
+
+    def _check_positions(self, x: Tensor, start_pos: int, mask: Tensor | None) -> None:
+        if start_pos < 0:
+            raise ValueError(f"start_pos={start_pos} must not be negative")
         if mask is None:
             return
         if mask.dtype != x.dtype:

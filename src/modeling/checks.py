@@ -12,12 +12,16 @@ def check_ids(name: str, ids: Tensor, size: int, rank: int, *, sync: bool = Fals
     TypeError for ids that are not int32 or int64; ValueError naming value, position and rank. On an accelerator the
     range is asserted on the device, without waiting for it, unless ``sync`` is set.
     """
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(ids).__name__}")
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be int32 or int64, not {ids.dtype}; convert them with .long()")
     bad = (ids < 0) | (ids >= size)
     if ignore is not None:
         bad &= ids != ignore
-    if ids.device.type == "cuda" and not sync:
+    if ids.is_meta:
+        return
+    if (ids.is_cuda and not sync) or torch.compiler.is_compiling():
         torch._assert_async(~bad.any(), f"{name} outside [0, {size})")
     elif bad.any():
         position = tuple(bad.nonzero()[0].tolist())
@@ -26,9 +30,11 @@ def check_ids(name: str, ids: Tensor, size: int, rank: int, *, sync: bool = Fals
         )
 
 
-def check_activations(x: Tensor, size: int, what: str) -> None:
-    """Raise unless ``x`` is floating (TypeError) with a last dim of ``size`` (ValueError)."""
+def check_activations(x: Tensor, size: int, what: str, dims: int | None = None) -> None:
+    """Raise unless ``x`` is floating (TypeError) with a last dim of ``size``, and ``dims`` dims (ValueError)."""
     if not x.is_floating_point():
         raise TypeError(f"{what} expects floating-point activations, not {x.dtype}")
+    if dims not in (None, x.dim()):
+        raise ValueError(f"{what} expects {dims} dims, got a tensor of shape {list(x.shape)}")
     if x.dim() == 0 or x.shape[-1] != size:
         raise ValueError(f"{what} expects a last dim of {size}, got a tensor of shape {list(x.shape)}")

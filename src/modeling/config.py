@@ -30,6 +30,9 @@ class ModelArgs:
     tie_embeddings: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("dim", "n_layers", "n_heads", "kv_heads", "multiple_of", "max_batch_size", "max_seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name.replace('kv_heads', 'n_kv_heads')}={getattr(self, name)} must be positive")
         if self.dim % self.n_heads:
             raise ValueError(f"n_heads={self.n_heads} must divide dim={self.dim}")
         if self.head_dim % 2:

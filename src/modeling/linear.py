@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..distributed.group import as_group
-from ..distributed.random import SEED_STRIDE, fill_shards, uniform
+from ..distributed.random import fill_shards, uniform
 from ..distributed.regions import (
     copy_to_shards,
     gather_from_region,
@@ -29,7 +29,7 @@ from ..distributed.regions import (
     scatter_to_region,
     split_shards,
 )
-from ..sharding import shard_size
+from ..sharding import MAX_SHARDS, shard_size
 from .checks import check_activations
 
 
@@ -84,14 +84,16 @@ class _ParallelLinear(nn.Module):
         seeds = [self.init_base_seed + shard for shard in self.group.shards]
         fill_shards(self.group.split(self.weight.detach(), self._weight_dim), seeds, draw)
         if self.bias is not None:
-            seeds = [seed + SEED_STRIDE // 2 for seed in seeds]
+            seeds = [seed + MAX_SHARDS for seed in seeds]
             if self._bias_dim is None:
-                fill_shards([self.bias.detach()], [self.init_base_seed + SEED_STRIDE // 2], draw)
+                fill_shards([self.bias.detach()], [self.init_base_seed + MAX_SHARDS], draw)
             else:
                 fill_shards(self.group.split(self.bias.detach()), seeds, draw)
 
     def shard_dims(self) -> dict[str, int]:
         """The sharded parameters and their sharded dim."""
+        if self.group.num_shards == 1:
+            return {}
         dims = {"weight": self._weight_dim}
         return dims if self._bias_dim is None or self.bias is None else dims | {"bias": self._bias_dim}
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..distributed.collectives import all_gather
-from ..distributed.group import Group
+from ..distributed.group import Group, group_or_single
 from ..distributed.reduction import tree_sum
 from ..functional import wide
 from ..sharding import valid_size
@@ -26,7 +26,7 @@ def vocab_parallel_cross_entropy(
     logits: Tensor,
     targets: Tensor,
     *,
-    group: Group,
+    group: Group | None,
     vocab_size: int | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
@@ -44,11 +44,15 @@ def vocab_parallel_cross_entropy(
     an offset common to all logits costs no precision. Statistics are taken in float32 or wider, block by block, and
     the logits are not modified. z-loss: PaLM (Chowdhery et al. 2022).
 
+    ``group=None`` means unsharded logits.
+
     Raises TypeError for targets that are not int32 or int64; ValueError for targets outside ``[0, vocab_size)``, for
-    shapes that do not fit, and for ``label_smoothing`` outside [0, 1].
+    shapes that do not fit, ``label_smoothing`` outside [0, 1] and a negative ``z_loss``.
     """
+    group = group_or_single(group)
+    _check_shapes(logits, targets, group)
     vocab_size = logits.shape[-1] * group.world_size if vocab_size is None else vocab_size
-    _check(logits, targets, group, vocab_size, label_smoothing, reduction)
+    _check_options(logits.shape[-1] * group.world_size, vocab_size, label_smoothing, z_loss, reduction)
     check_ids("targets", targets, vocab_size, group.rank, ignore=ignore_index)
 
     rows, flat = logits.reshape(-1, logits.shape[-1]).contiguous(), targets.reshape(-1).long().to(logits.device)
@@ -176,19 +180,21 @@ class _Loss(torch.autograd.Function):
         return out, None, None, None, None, None, None, None
 
 
-def _check(
-    logits: Tensor, targets: Tensor, group: Group, vocab_size: int, label_smoothing: float, reduction: str
-) -> None:
+def _check_shapes(logits: Tensor, targets: Tensor, group: Group) -> None:
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating-point, not {logits.dtype}")
-    if logits.shape[:-1] != targets.shape:
+    if logits.dim() == 0 or logits.shape[:-1] != targets.shape:
         raise ValueError(f"targets {list(targets.shape)} must have the leading shape of logits {list(logits.shape)}")
     if logits.shape[-1] % len(group.shards):
         raise ValueError(f"{logits.shape[-1]} local columns do not divide into {len(group.shards)} logical shards")
-    columns = logits.shape[-1] * group.world_size
+
+
+def _check_options(columns: int, vocab_size: int, label_smoothing: float, z_loss: float, reduction: str) -> None:
     if not 0 < vocab_size <= columns:
         raise ValueError(f"vocab_size={vocab_size} does not fit the {columns} columns that the ranks hold together")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing={label_smoothing} must lie in [0, 1]")
+    if z_loss < 0:
+        raise ValueError(f"z_loss={z_loss} must not be negative")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction={reduction!r} is not "mean", "sum" or "none"')

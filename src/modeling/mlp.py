@@ -49,6 +49,8 @@ class FeedForward(nn.Module):
         super().__init__()
         self.dim, self.group = dim, group_or_single(group)
         size = feed_forward_size(hidden_dim, multiple_of, ffn_dim_multiplier)
+        if size < 1:
+            raise ValueError(f"hidden_dim={hidden_dim}, ffn_dim_multiplier={ffn_dim_multiplier} leave no features")
         options: dict[str, Any] = {"bias": False, "group": self.group, "dtype": dtype, "device": device}
         self.w1 = ColumnParallelLinear(dim, size, init_base_seed=init_base_seed, **options)
         self.w2 = RowParallelLinear(size, dim, init_base_seed=init_base_seed + SEED_STRIDE, **options)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..distributed.group import group_or_single
 from ..distributed.random import fill_shards, uniform
-from ..distributed.regions import copy_to_region, reduce_from_shards
+from ..distributed.regions import copy_to_shards, join_shards, reduce_from_shards, split_shards
 from ..functional import group_rms_norm, rms_norm, wide
-from ..sharding import shard_size
+from ..sharding import run_lengths, shard_size
 from .checks import check_activations
 
 
@@ -74,7 +74,8 @@ class GroupRMSNorm(nn.Module):
     ) -> None:
         super().__init__()
         self.group = group_or_single(group)
-        self.hidden_size, self.group_size, self.eps = hidden_size, group_size or hidden_size, eps
+        self.hidden_size, self.eps = hidden_size, eps
+        self.group_size = hidden_size if group_size is None else group_size
         if self.group_size < 1 or hidden_size % self.group_size:
             raise ValueError(f"group_size={self.group_size} must be positive and divide hidden_size={hidden_size}")
         self.init_range, self.init_seed = init_range, init_seed
@@ -97,21 +98,29 @@ class GroupRMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., h] -> y [..., h]``; with a group ``[..., h/w] -> [..., h/w]``."""
         check_activations(x, self.weight.shape[0], "GroupRMSNorm")
+        shards = split_shards(x, group=self.group)
+        weights = split_shards(self.weight, group=self.group, dim=0)
         if self.shard_width % self.group_size == 0:
-            return group_rms_norm(x, self.weight, self.group_size, self.eps)
-        return self._norm_across_shards(x)
+            return join_shards(
+                [group_rms_norm(xj, wj, self.group_size, self.eps) for xj, wj in zip(shards, weights, strict=True)]
+            )
+        return join_shards(self._norm_across_shards(shards, weights))
 
-    def _norm_across_shards(self, x: Tensor) -> Tensor:
-        """Channels are cut into blocks that lie in one group and one shard; block sums of squares are exchanged."""
-        block = math.gcd(self.group_size, self.shard_width)
-        first = self.group.rank * self.weight.shape[0]
-        blocks = x.to(wide(x.dtype)).unflatten(-1, (-1, block))
-        owner = torch.arange(first, first + self.weight.shape[0], block, device=x.device) // self.group_size
-        shards = zip(self.group.split(blocks.square().sum(-1), -1), self.group.split(owner), strict=True)
-        zeros = blocks.new_zeros(*x.shape[:-1], self.hidden_size // self.group_size)
-        total = reduce_from_shards([zeros.index_add(-1, own, sums) for sums, own in shards], group=self.group)
-        # Each rank uses the sum for its own channels only, so its gradient is a sum over ranks again.
-        mean = copy_to_region(total, group=self.group) / self.group_size
-        scale = torch.rsqrt(mean + self.eps).index_select(-1, owner).unsqueeze(-1)
-        y: Tensor = (blocks * scale).flatten(-2) * self.weight.to(x.device)
-        return y.to(x.dtype)
+    def _norm_across_shards(self, shards: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+        """Each shard is cut where a group of channels ends; the sums of squares of the runs are exchanged."""
+        groups = self.hidden_size // self.group_size
+        first = [shard * self.shard_width // self.group_size for shard in self.group.shards]
+        lengths = [
+            run_lengths(shard * self.shard_width, self.shard_width, self.group_size) for shard in self.group.shards
+        ]
+        runs = [x.to(wide(x.dtype)).split(cuts, -1) for x, cuts in zip(shards, lengths, strict=True)]
+        sums = [torch.stack([run.square().sum(-1) for run in own], -1) for own in runs]
+        terms = [F.pad(own, (i, groups - i - own.shape[-1])) for own, i in zip(sums, first, strict=True)]
+        # Each shard uses the total for its own channels only, so the total's gradient is a sum over shards again.
+        totals = copy_to_shards(reduce_from_shards(terms, group=self.group), group=self.group)
+        out = []
+        for x, weight, own, i, total in zip(shards, weights, runs, first, totals, strict=True):
+            scales = torch.rsqrt(total / self.group_size + self.eps)[..., i : i + len(own)].split(1, -1)
+            y = torch.cat([run * scale for run, scale in zip(own, scales, strict=True)], -1) * weight.to(x.device)
+            out.append(y.to(x.dtype))
+        return out

@@ -59,6 +59,8 @@ class NTKAwareRoPE(_Tables):
         super().__init__()
         if max_seq_len < 1 or ratio < 1:
             raise ValueError(f"max_seq_len={max_seq_len} and ratio={ratio} must both be at least 1")
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype={dtype} must be floating-point: tables hold cosines and sines")
         self.dim, self.max_seq_len, self.base = dim, max_seq_len, base
         self.ratio, self.dynamic, self.dtype = ratio, dynamic, dtype
         self.reset_tables(torch.device(device))

@@ -74,6 +74,8 @@ class Transformer(nn.Module):
 
         Raises ValueError for ids outside the vocabulary and for positions beyond ``max_seq_len``.
         """
+        if tokens.dim() != 2:
+            raise ValueError(f"tokens must be [b, s], got a tensor of shape {list(tokens.shape)}")
         length = tokens.shape[1]
         if start_pos < 0 or start_pos + length > self.args.max_seq_len:
             raise ValueError(

@@ -102,7 +102,11 @@ class ParallelVocabEmbedding(nn.Module):
         self.group: Group | None = None
         if rank is not None and world_size is not None and process_group is None:
             check_rank(rank, world_size)
-            self.rank, self.world_size, self.num_shards = rank, world_size, num_shards or world_size
+            self.rank, self.world_size, self.num_shards = (
+                rank,
+                world_size,
+                world_size if num_shards is None else num_shards,
+            )
             check_num_shards(self.num_shards, world_size)
             return
         self.group = as_group(process_group, num_shards)
@@ -123,7 +127,7 @@ class ParallelVocabEmbedding(nn.Module):
 
     def shard_dims(self) -> dict[str, int]:
         """The sharded parameters and their sharded dim."""
-        return {"weight": 0}
+        return {} if self.num_shards == 1 else {"weight": 0}
 
     def unpadded_sizes(self) -> dict[str, int]:
         """Real lengths of the sharded dims that may be padded."""

@@ -1,0 +1,287 @@
+"""Raw collectives, the region functions, and the ledger that counts them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from src import Group, Ledger, SimulationError, simulate
+from src.distributed import (
+    all_gather,
+    all_reduce,
+    barrier,
+    broadcast,
+    copy_to_region,
+    copy_to_shards,
+    gather_from_region,
+    join_shards,
+    reduce_from_region,
+    reduce_from_shards,
+    reduce_scatter,
+    scatter_to_region,
+    split_shards,
+)
+
+from .conftest import OnRanks
+from .places import places
+from .test_simulation import deadline  # noqa: F401
+
+Collective = Callable[..., Tensor]
+
+
+def here(group: Group, tensor: Tensor) -> Tensor:
+    """``tensor`` where the group's backend can see it."""
+    return tensor.cuda() if group.pg is not None and dist.get_backend(group.pg) == "nccl" else tensor
+
+
+def parts_of(world_size: int, shape: tuple[int, ...] = (8, 3, 16)) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(world_size)]
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x.contiguous(),
+    "transposed": lambda x: x.transpose(0, 2).contiguous().transpose(0, 2),
+    "every other": lambda x: x.repeat_interleave(2, dim=1)[:, ::2],
+}
+
+
+def call(group: Group, collective: Collective, options: dict[str, Any], layout: str) -> tuple[Tensor, bool, bool]:
+    """The result, whether the input was left alone, and whether the result has memory of its own."""
+    x = here(group, LAYOUTS[layout](parts_of(group.world_size)[group.rank]))
+    before = x.clone()
+    out = collective(x, group=group, **options)
+    own = out.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+    return out.cpu(), torch.equal(x, before), own
+
+
+def broadcast_from_last(x: Tensor, group: Group) -> Tensor:
+    return broadcast(x, group=group, src=group.world_size - 1)
+
+
+CASES: dict[str, tuple[Collective, dict[str, Any], Callable[[list[Tensor], int], Tensor]]] = {
+    "all_reduce": (all_reduce, {}, lambda parts, rank: torch.stack(parts).sum(0)),
+    "all_reduce max": (all_reduce, {"op": dist.ReduceOp.MAX}, lambda parts, rank: torch.stack(parts).amax(0)),
+    "broadcast": (broadcast, {}, lambda parts, rank: parts[0]),
+    "broadcast from last": (broadcast_from_last, {}, lambda parts, rank: parts[-1]),
+}
+for d in (0, 1, 2, -1, -3):
+    CASES[f"all_gather {d}"] = all_gather, {"dim": d}, lambda parts, rank, d=d: torch.cat(parts, d)
+for d in (0, 2, -1, -3):
+    own_slice = lambda parts, rank, d=d: torch.stack(parts).sum(0).chunk(len(parts), d)[rank]  # noqa: E731
+    CASES[f"reduce_scatter {d}"] = reduce_scatter, {"dim": d}, own_slice
+
+
+@places()
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("reduce_order", ["backend", "tree"])
+@pytest.mark.parametrize("case", CASES)
+def test_raw_collective(place: Any, on_ranks: OnRanks, case: str, reduce_order: str, layout: str) -> None:
+    collective, options, want = CASES[case]
+    results = on_ranks(place, call, collective, options, layout, reduce_order=reduce_order)
+    for rank, (out, untouched, own) in enumerate(results):
+        assert untouched and (own or place[1] == 1)
+        torch.testing.assert_close(out, want(parts_of(place[1]), rank), rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("reduce_order", ["backend", "tree"])
+@pytest.mark.parametrize("collective", [all_reduce, all_gather, reduce_scatter, broadcast])
+def test_no_rank_sees_the_memory_of_another(collective: Collective, reduce_order: Any) -> None:
+    inputs = parts_of(4)
+    outputs = simulate(lambda g: collective(inputs[g.rank], group=g), 4, reduce_order=reduce_order)
+    memory = {tensor.untyped_storage().data_ptr() for tensor in [*inputs, *outputs]}
+    assert len(memory) == 8
+
+
+@pytest.mark.parametrize("reduce_order", ["backend", "tree"])
+def test_reduce_scatter_is_all_reduce_and_slice(on_ranks: OnRanks, reduce_order: str) -> None:
+    for place in [("simulated", 4), ("gloo", 4)]:
+        for scattered, sliced in on_ranks(place, scatter_and_slice, reduce_order=reduce_order):
+            assert torch.equal(scattered, sliced), place
+
+
+def scatter_and_slice(group: Group) -> tuple[Tensor, Tensor]:
+    x = parts_of(group.world_size)[group.rank].float()
+    return reduce_scatter(x, group=group), all_reduce(x, group=group).chunk(group.world_size)[group.rank]
+
+
+@pytest.mark.parametrize("dim, size", [(1, 6), (-1, 5)])
+def test_slices_that_do_not_divide(dim: int, size: int) -> None:
+    x = torch.zeros(4, size)
+    for function, name in [(reduce_scatter, "reduce_scatter"), (scatter_to_region, "scatter_to_region")]:
+        message = f"{name}: size {size} of dim {dim} is not divisible by world_size=4"
+        with pytest.raises(SimulationError, match=message) as error:
+            simulate(lambda g, f=function: f(x, group=g, dim=dim), 4)
+        assert isinstance(error.value.__cause__, ValueError)
+
+
+@pytest.mark.parametrize("src", [2, -1])
+def test_broadcast_from_a_rank_that_is_not_there(src: int) -> None:
+    with pytest.raises(SimulationError, match=f"src={src}.*world_size=2") as error:
+        simulate(lambda g: broadcast(torch.zeros(1), group=g, src=src), 2)
+    assert isinstance(error.value.__cause__, ValueError)
+
+
+def pairs(group: Group) -> dict[str, tuple[Tensor, Tensor]]:
+    """For each region function its value and gradient; ``x`` differs between ranks where the function allows it."""
+    own = [part.float() for part in parts_of(group.world_size + 1)]
+    replicated, mine, weight = own[-1], own[group.rank], own[group.rank] * 2
+    cases: dict[str, tuple[Callable[..., Tensor], Tensor]] = {
+        "copy": (copy_to_region, replicated),
+        "reduce": (reduce_from_region, mine),
+        "scatter": (scatter_to_region, replicated),
+        "scatter 0": (lambda x, group: scatter_to_region(x, group=group, dim=0), replicated),
+        "gather": (gather_from_region, mine),
+        "gather 1": (lambda x, group: gather_from_region(x, group=group, dim=1), mine),
+    }
+    out = {}
+    for name, (function, x) in cases.items():
+        x = here(group, x.clone()).requires_grad_()
+        y = function(x, group=group)
+        y.backward(here(group, gradient_for(name, y, weight, replicated)))
+        out[name] = y.detach().cpu(), x.grad.cpu()
+    return out
+
+
+def gradient_for(name: str, y: Tensor, weight: Tensor, replicated: Tensor) -> Tensor:
+    """What follows a copy or scatter differs between ranks; what follows a reduce or gather does not."""
+    if name in ("reduce", "gather", "gather 1"):
+        return (replicated * 3).repeat([a // b for a, b in zip(y.shape, replicated.shape, strict=True)])
+    return weight[tuple(slice(n) for n in y.shape)]
+
+
+@places()
+def test_region_functions(place: Any, on_ranks: OnRanks) -> None:
+    n = place[1]
+    *own, replicated = [part.float() for part in parts_of(n + 1)]
+    summed, after = sum(x.double() for x in own), replicated * 3
+    for rank, got in enumerate(on_ranks(place, pairs)):
+        want = {
+            "copy": (replicated, 2 * summed),
+            "reduce": (summed, after),
+            "scatter": (replicated.chunk(n, -1)[rank], torch.cat([2 * x[..., : 16 // n] for x in own], -1)),
+            "scatter 0": (replicated.chunk(n, 0)[rank], torch.cat([2 * x[: 8 // n] for x in own], 0)),
+            "gather": (torch.cat(own, -1), after),
+            "gather 1": (torch.cat(own, 1), after),
+        }
+        assert got.keys() == want.keys()
+        for name in want:
+            for a, b in zip(got[name], want[name], strict=True):
+                torch.testing.assert_close(
+                    a.double(), b.double(), rtol=1e-6, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+                )
+
+
+def over_shards(group: Group, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """``y = sum_j sin(w_j * x)`` with one ``w_j`` per logical shard."""
+    x, *weights = (here(group, part.to(dtype)) for part in parts_of(group.num_shards + 1))
+    mine = [weights[j].requires_grad_() for j in group.shards]
+    copies = copy_to_shards(x.requires_grad_(), group=group)
+    y = reduce_from_shards([torch.sin(w * c) for w, c in zip(mine, copies, strict=True)], group=group)
+    y.backward(torch.ones_like(y))
+    return y.detach().cpu(), x.grad.cpu(), torch.stack([w.grad for w in mine]).cpu()
+
+
+@places(simulated=(1, 2, 4, 8), gloo=(2, 4))
+def test_sums_over_logical_shards(place: Any, on_ranks: OnRanks) -> None:
+    x, *weights = parts_of(9)
+    y = sum(torch.sin(w * x) for w in weights)
+    grad = sum(w * torch.cos(w * x) for w in weights)
+    got = on_ranks(place, over_shards, torch.float64, num_shards=8)
+    for got_y, got_grad, _ in got:
+        torch.testing.assert_close(got_y, y, rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(got_grad, grad, rtol=1e-13, atol=1e-13)
+    weight_grads = torch.cat([result[2] for result in got])
+    torch.testing.assert_close(
+        weight_grads, torch.stack([x * torch.cos(w * x) for w in weights]), rtol=1e-13, atol=1e-13
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sums_over_logical_shards_have_one_order(on_ranks: OnRanks, dtype: torch.dtype) -> None:
+    x, *weights = (part.to(dtype) for part in parts_of(9))
+    a, b, c, d, e, f, g, h = (torch.sin(w * x) for w in weights)
+    y = ((a + b) + (c + d)) + ((e + f) + (g + h))
+    a, b, c, d, e, f, g, h = (w * torch.cos(w * x) for w in weights)
+    grad = ((a + b) + (c + d)) + ((e + f) + (g + h))
+    for place in [("simulated", n) for n in (1, 2, 4, 8)] + [("gloo", 2), ("gloo", 4)]:
+        for got_y, got_grad, _ in on_ranks(place, over_shards, dtype, num_shards=8):
+            assert torch.equal(got_y, y) and torch.equal(got_grad, grad), place
+
+
+def test_a_shard_that_is_not_used_adds_nothing_to_the_gradient() -> None:
+    def program(group: Group) -> Tensor:
+        x = torch.ones(3, requires_grad=True)
+        first, _ = copy_to_shards(x, group=group)
+        (first * (group.rank + 1)).sum().backward()
+        return x.grad
+
+    assert [grad.tolist() for grad in simulate(program, 2, num_shards=4)] == [[3.0] * 3] * 2
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_split_shards_and_join_shards(dim: int) -> None:
+    group, x = Group.single(4), torch.randn(4, 12, requires_grad=True)
+    shards = split_shards(x, group=group, dim=dim)
+    for shard, want in zip(shards, x.chunk(4, dim), strict=True):
+        assert torch.equal(shard, want) and shard.is_contiguous() and shard.data_ptr() % 64 == 0
+        shard.retain_grad()
+    joined = join_shards(shards, dim=dim)
+    assert torch.equal(joined, x)
+    gradient = torch.randn(4, 12)
+    joined.backward(gradient)
+    assert torch.equal(x.grad, gradient)
+    assert all(shard.grad.is_contiguous() for shard in shards)
+
+
+@pytest.mark.parametrize("function", [copy_to_region, reduce_from_region, scatter_to_region, gather_from_region])
+def test_second_derivatives_are_refused(function: Collective) -> None:
+    def program(group: Group) -> None:
+        x = torch.ones(4, 4, requires_grad=True)
+        y = function(x, group=group).pow(2).sum()
+        (first,) = torch.autograd.grad(y, x, create_graph=True)
+        first.sum().backward()
+
+    with pytest.raises(SimulationError, match="differentiate twice"):
+        simulate(program, 2)
+
+
+def counted(group: Group) -> Any:
+    x = torch.ones(2, 6, dtype=torch.bfloat16, requires_grad=True)
+    with Ledger() as outer:
+        with Ledger() as inner:
+            y = reduce_from_region(copy_to_region(x, group=group) * group.rank, group=group)
+        y = y + gather_from_region(scatter_to_region(x, group=group), group=group)
+        y.sum().backward()
+        all_reduce(x.detach(), group=group)
+        barrier(group)
+    broadcast(x.detach(), group=group)
+    records = [(r.op, r.phase, r.shape, r.dtype, r.payload_bytes) for r in outer.records]
+    return records, inner.count(), outer.count("all_reduce"), outer.count(phase="backward"), outer.count()
+
+
+@places(simulated=(2,))
+def test_ledger(place: Any, on_ranks: OnRanks) -> None:
+    whole, half = ((2, 6), torch.bfloat16, 24), ((2, 3), torch.bfloat16, 12)
+    forward = [("all_reduce", "forward", *whole), ("all_gather", "forward", *half)]
+    backward = [("all_gather", "backward", *half), ("all_reduce", "backward", *whole)]
+    for records, inner, reductions, in_backward, everything in on_ranks(place, counted):
+        assert records[:2] == forward and sorted(records[2:4]) == sorted(backward)
+        assert records[4:] == [("all_reduce", "forward", *whole)]
+        assert (inner, reductions, in_backward, everything) == (1, 3, 2, 5)
+
+
+def test_ledger_belongs_to_its_rank_and_a_world_of_one_sends_nothing() -> None:
+    def program(group: Group) -> int:
+        with Ledger() as ledger:
+            for _ in range(3):
+                all_reduce(torch.ones(1), group=group)
+        return ledger.count() if group.rank else -1
+
+    assert simulate(program, 3) == [-1, 3, 3]
+    assert simulate(counted, 1)[0][-1] == 0
