@@ -34,11 +34,6 @@ from .test_simulation import deadline  # noqa: F401
 Collective = Callable[..., Tensor]
 
 
-def here(group: Group, tensor: Tensor) -> Tensor:
-    """``tensor`` where the group's backend can see it."""
-    return tensor.cuda() if group.pg is not None and dist.get_backend(group.pg) == "nccl" else tensor
-
-
 def parts_of(world_size: int, shape: tuple[int, ...] = (8, 3, 16)) -> list[Tensor]:
     generator = torch.Generator().manual_seed(5)
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(world_size)]
@@ -53,11 +48,11 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def call(group: Group, collective: Collective, options: dict[str, Any], layout: str) -> tuple[Tensor, bool, bool]:
     """The result, whether the input was left alone, and whether the result has memory of its own."""
-    x = here(group, LAYOUTS[layout](parts_of(group.world_size)[group.rank]))
+    x = LAYOUTS[layout](parts_of(group.world_size)[group.rank])
     before = x.clone()
     out = collective(x, group=group, **options)
     own = out.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
-    return out.cpu(), torch.equal(x, before), own
+    return out, torch.equal(x, before), own
 
 
 def broadcast_from_last(x: Tensor, group: Group) -> Tensor:
@@ -141,10 +136,10 @@ def pairs(group: Group) -> dict[str, tuple[Tensor, Tensor]]:
     }
     out = {}
     for name, (function, x) in cases.items():
-        x = here(group, x.clone()).requires_grad_()
+        x = x.clone().requires_grad_()
         y = function(x, group=group)
-        y.backward(here(group, gradient_for(name, y, weight, replicated)))
-        out[name] = y.detach().cpu(), x.grad.cpu()
+        y.backward(gradient_for(name, y, weight, replicated))
+        out[name] = y.detach(), x.grad
     return out
 
 
@@ -179,12 +174,12 @@ def test_region_functions(place: Any, on_ranks: OnRanks) -> None:
 
 def over_shards(group: Group, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """``y = sum_j sin(w_j * x)`` with one ``w_j`` per logical shard."""
-    x, *weights = (here(group, part.to(dtype)) for part in parts_of(group.num_shards + 1))
+    x, *weights = (part.to(dtype) for part in parts_of(group.num_shards + 1))
     mine = [weights[j].requires_grad_() for j in group.shards]
     copies = copy_to_shards(x.requires_grad_(), group=group)
     y = reduce_from_shards([torch.sin(w * c) for w, c in zip(mine, copies, strict=True)], group=group)
     y.backward(torch.ones_like(y))
-    return y.detach().cpu(), x.grad.cpu(), torch.stack([w.grad for w in mine]).cpu()
+    return y.detach(), x.grad, torch.stack([w.grad for w in mine])
 
 
 @places(simulated=(1, 2, 4, 8), gloo=(2, 4))

@@ -22,7 +22,7 @@ PLACES = [
     *[pytest.param(("simulated", n), id=f"simulated-{n}", marks=needs_gpu) for n in (1, 2, 4)],
     *[
         pytest.param(
-            ("nccl", n), id=f"nccl-{n}", marks=pytest.mark.skipif(GPUS < n, reason=f"needs {n} GPUs, found {GPUS}")
+            ("nccl", n), id=f"nccl-{n}", marks=pytest.mark.skipif(n > GPUS, reason=f"needs {n} GPUs, found {GPUS}")
         )
         for n in (2, 4)
     ],
