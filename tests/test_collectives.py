@@ -32,6 +32,7 @@ from .places import places
 from .test_simulation import deadline  # noqa: F401
 
 Collective = Callable[..., Tensor]
+Want = Callable[[list[Tensor], int], Tensor]
 
 
 def parts_of(world_size: int, shape: tuple[int, ...] = (8, 3, 16)) -> list[Tensor]:
@@ -59,17 +60,22 @@ def broadcast_from_last(x: Tensor, group: Group) -> Tensor:
     return broadcast(x, group=group, src=group.world_size - 1)
 
 
-CASES: dict[str, tuple[Collective, dict[str, Any], Callable[[list[Tensor], int], Tensor]]] = {
+def joined(dim: int) -> Want:
+    return lambda parts, rank: torch.cat(parts, dim)
+
+
+def slice_of_sum(dim: int) -> Want:
+    return lambda parts, rank: torch.stack(parts).sum(0).chunk(len(parts), dim)[rank]
+
+
+CASES: dict[str, tuple[Collective, dict[str, Any], Want]] = {
     "all_reduce": (all_reduce, {}, lambda parts, rank: torch.stack(parts).sum(0)),
     "all_reduce max": (all_reduce, {"op": dist.ReduceOp.MAX}, lambda parts, rank: torch.stack(parts).amax(0)),
     "broadcast": (broadcast, {}, lambda parts, rank: parts[0]),
     "broadcast from last": (broadcast_from_last, {}, lambda parts, rank: parts[-1]),
+    **{f"all_gather {d}": (all_gather, {"dim": d}, joined(d)) for d in (0, 1, 2, -1, -3)},
+    **{f"reduce_scatter {d}": (reduce_scatter, {"dim": d}, slice_of_sum(d)) for d in (0, 2, -1, -3)},
 }
-for d in (0, 1, 2, -1, -3):
-    CASES[f"all_gather {d}"] = all_gather, {"dim": d}, lambda parts, rank, d=d: torch.cat(parts, d)
-for d in (0, 2, -1, -3):
-    own_slice = lambda parts, rank, d=d: torch.stack(parts).sum(0).chunk(len(parts), d)[rank]  # noqa: E731
-    CASES[f"reduce_scatter {d}"] = reduce_scatter, {"dim": d}, own_slice
 
 
 @places()
@@ -93,16 +99,16 @@ def test_no_rank_sees_the_memory_of_another(collective: Collective, reduce_order
     assert len(memory) == 8
 
 
+def scatter_and_slice(group: Group) -> tuple[Tensor, Tensor]:
+    x = parts_of(group.world_size)[group.rank].float()
+    return reduce_scatter(x, group=group), all_reduce(x, group=group).chunk(group.world_size)[group.rank]
+
+
 @pytest.mark.parametrize("reduce_order", ["backend", "tree"])
 def test_reduce_scatter_is_all_reduce_and_slice(on_ranks: OnRanks, reduce_order: str) -> None:
     for place in [("simulated", 4), ("gloo", 4)]:
         for scattered, sliced in on_ranks(place, scatter_and_slice, reduce_order=reduce_order):
             assert torch.equal(scattered, sliced), place
-
-
-def scatter_and_slice(group: Group) -> tuple[Tensor, Tensor]:
-    x = parts_of(group.world_size)[group.rank].float()
-    return reduce_scatter(x, group=group), all_reduce(x, group=group).chunk(group.world_size)[group.rank]
 
 
 @pytest.mark.parametrize("dim, size", [(1, 6), (-1, 5)])
@@ -122,54 +128,50 @@ def test_broadcast_from_a_rank_that_is_not_there(src: int) -> None:
     assert isinstance(error.value.__cause__, ValueError)
 
 
-def pairs(group: Group) -> dict[str, tuple[Tensor, Tensor]]:
-    """For each region function its value and gradient; ``x`` differs between ranks where the function allows it."""
-    own = [part.float() for part in parts_of(group.world_size + 1)]
-    replicated, mine, weight = own[-1], own[group.rank], own[group.rank] * 2
-    cases: dict[str, tuple[Callable[..., Tensor], Tensor]] = {
-        "copy": (copy_to_region, replicated),
-        "reduce": (reduce_from_region, mine),
-        "scatter": (scatter_to_region, replicated),
-        "scatter 0": (lambda x, group: scatter_to_region(x, group=group, dim=0), replicated),
-        "gather": (gather_from_region, mine),
-        "gather 1": (lambda x, group: gather_from_region(x, group=group, dim=1), mine),
-    }
+REGIONS: dict[str, tuple[Collective, dict[str, int]]] = {
+    "copy": (copy_to_region, {}),
+    "reduce": (reduce_from_region, {}),
+    "scatter": (scatter_to_region, {}),
+    "scatter 0": (scatter_to_region, {"dim": 0}),
+    "gather": (gather_from_region, {}),
+    "gather 1": (gather_from_region, {"dim": 1}),
+}
+
+
+def upstream(shape: torch.Size, rank: int) -> Tensor:
+    """A gradient that differs at every position and between ranks."""
+    return torch.linspace(1, 2, shape.numel(), dtype=torch.float64).view(shape) * (rank + 1)
+
+
+def through_regions(group: Group) -> dict[str, tuple[Tensor, Tensor]]:
+    """Value and gradient of each; after a copy or scatter ranks go different ways, after the others the same."""
+    *own, replicated = parts_of(group.world_size + 1)
     out = {}
-    for name, (function, x) in cases.items():
-        x = x.clone().requires_grad_()
-        y = function(x, group=group)
-        y.backward(gradient_for(name, y, weight, replicated))
+    for name, (function, options) in REGIONS.items():
+        splits = function in (copy_to_region, scatter_to_region)
+        x = (replicated if splits else own[group.rank]).clone().requires_grad_()
+        y = function(x, group=group, **options)
+        y.backward(upstream(y.shape, group.rank if splits else 0))
         out[name] = y.detach(), x.grad
     return out
-
-
-def gradient_for(name: str, y: Tensor, weight: Tensor, replicated: Tensor) -> Tensor:
-    """What follows a copy or scatter differs between ranks; what follows a reduce or gather does not."""
-    if name in ("reduce", "gather", "gather 1"):
-        return (replicated * 3).repeat([a // b for a, b in zip(y.shape, replicated.shape, strict=True)])
-    return weight[tuple(slice(n) for n in y.shape)]
 
 
 @places()
 def test_region_functions(place: Any, on_ranks: OnRanks) -> None:
     n = place[1]
-    *own, replicated = [part.float() for part in parts_of(n + 1)]
-    summed, after = sum(x.double() for x in own), replicated * 3
-    for rank, got in enumerate(on_ranks(place, pairs)):
+    *own, x = parts_of(n + 1)
+    wide, tall = torch.cat(own, -1), torch.cat(own, 1)
+    for rank, got in enumerate(on_ranks(place, through_regions)):
+        columns, rows = x.chunk(n, -1)[rank], x.chunk(n, 0)[rank]
         want = {
-            "copy": (replicated, 2 * summed),
-            "reduce": (summed, after),
-            "scatter": (replicated.chunk(n, -1)[rank], torch.cat([2 * x[..., : 16 // n] for x in own], -1)),
-            "scatter 0": (replicated.chunk(n, 0)[rank], torch.cat([2 * x[: 8 // n] for x in own], 0)),
-            "gather": (torch.cat(own, -1), after),
-            "gather 1": (torch.cat(own, 1), after),
+            "copy": (x, torch.stack([upstream(x.shape, r) for r in range(n)]).sum(0)),
+            "reduce": (torch.stack(own).sum(0), upstream(x.shape, 0)),
+            "scatter": (columns, torch.cat([upstream(columns.shape, r) for r in range(n)], -1)),
+            "scatter 0": (rows, torch.cat([upstream(rows.shape, r) for r in range(n)], 0)),
+            "gather": (wide, upstream(wide.shape, 0).chunk(n, -1)[rank]),
+            "gather 1": (tall, upstream(tall.shape, 0).chunk(n, 1)[rank]),
         }
-        assert got.keys() == want.keys()
-        for name in want:
-            for a, b in zip(got[name], want[name], strict=True):
-                torch.testing.assert_close(
-                    a.double(), b.double(), rtol=1e-6, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
-                )
+        torch.testing.assert_close(got, want, rtol=1e-14, atol=1e-14)
 
 
 def over_shards(group: Group, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,10 +193,8 @@ def test_sums_over_logical_shards(place: Any, on_ranks: OnRanks) -> None:
     for got_y, got_grad, _ in got:
         torch.testing.assert_close(got_y, y, rtol=1e-13, atol=1e-13)
         torch.testing.assert_close(got_grad, grad, rtol=1e-13, atol=1e-13)
-    weight_grads = torch.cat([result[2] for result in got])
-    torch.testing.assert_close(
-        weight_grads, torch.stack([x * torch.cos(w * x) for w in weights]), rtol=1e-13, atol=1e-13
-    )
+    weight_grads, want = torch.cat([result[2] for result in got]), torch.stack([x * torch.cos(w * x) for w in weights])
+    torch.testing.assert_close(weight_grads, want, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
