@@ -90,7 +90,7 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     optimizer.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of matrix products")
 
     sample = parser.add_argument_group("sample")
-    sample.add_argument("--prompt", default="import os\n\n\ndef ", help="what the trained model continues")
+    sample.add_argument("--prompt", default="import os\n\n\ndef", help="what the trained model continues")
     sample.add_argument("--new-tokens", type=int, default=80, help="tokens of the sample (%(default)s)")
     sample.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token (%(default)s)")
 
