@@ -35,12 +35,12 @@ def _power_of_two(n: int) -> bool:
     return n > 0 and n & (n - 1) == 0
 
 
-def check_rank(rank: int, world_size: int) -> None:
-    """Raise ValueError unless ``0 <= rank < world_size``."""
+def check_rank(rank: int, world_size: int, name: str = "rank") -> None:
+    """Raise ValueError unless ``0 <= rank < world_size``; ``name`` is what the caller calls the rank."""
     if world_size < 1:
         raise ValueError(f"world_size={world_size} must be at least 1")
     if not 0 <= rank < world_size:
-        raise ValueError(f"rank={rank} is outside [0, world_size={world_size})")
+        raise ValueError(f"{name}={rank} is outside [0, world_size={world_size})")
 
 
 def shard_range(rank: int, world_size: int, num_shards: int) -> range:

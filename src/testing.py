@@ -9,6 +9,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -41,9 +42,10 @@ class RankPool:
         if not self._processes:
             self._start()
         task = pickle.dumps((program, args, group_options))
-        for pipe in self._pipes:
-            pipe.send_bytes(task)
         try:
+            for pipe in self._pipes:
+                with suppress(BrokenPipeError):  # its process has ended, which _collect will find and name
+                    pipe.send_bytes(task)
             return self._collect()
         except BaseException:
             self.close()
@@ -81,7 +83,8 @@ class RankPool:
                 rank = open_pipes[pipe]
                 try:
                     failure, results[rank] = pickle.loads(pipe.recv_bytes())
-                except EOFError:
+                except (EOFError, ConnectionResetError):
+                    self._processes[rank].join(timeout=5)
                     failure = f"its process ended with exit code {self._processes[rank].exitcode}"
                 if failure:
                     raise RuntimeError(f"rank {rank} of {self.world_size} failed:\n{failure}")
@@ -100,9 +103,8 @@ def _serve(pipe: Connection, backend: str, rank: int, world_size: int, store: st
             program, args, group_options = pickle.loads(pipe.recv_bytes())
         except EOFError:
             return
-        failure = result = None
         try:
-            result = program(Group(**group_options), *args)
+            answer = pickle.dumps((None, program(Group(**group_options), *args)))
         except BaseException:
-            failure = traceback.format_exc()
-        pipe.send_bytes(pickle.dumps((failure, result)))
+            answer = pickle.dumps((traceback.format_exc(), None))
+        pipe.send_bytes(answer)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..sharding import check_rank
 from .group import Group
 from .ledger import record
 from .reduction import tree_sum
@@ -63,7 +64,8 @@ def reduce_scatter(tensor: Tensor, *, group: Group, dim: int = 0) -> Tensor:
 
 
 def broadcast(tensor: Tensor, *, group: Group, src: int = 0) -> Tensor:
-    """The tensor of group rank ``src``, on every rank."""
+    """The tensor of group rank ``src``, on every rank. Raises ValueError when there is no such rank."""
+    check_rank(src, group.world_size, name="src")
     if group.world_size == 1:
         return tensor
     record("broadcast", tensor)

@@ -7,15 +7,18 @@ needs no lock, and what is global to the process (its random states) can belong 
 from __future__ import annotations
 
 import os
+import random
 import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
-from .random import ProcessRandomState
+PATIENCE = 5.0
+"""Seconds that an interrupted rank is given to reach its next collective, where it ends."""
 
 _LIBRARY = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep)
 
@@ -28,6 +31,23 @@ class RankAborted(SimulationError):
     """Raised in the other ranks after a fault, so that they unwind."""
 
 
+class ProcessState:
+    """What is global to the process but belongs to the rank that runs: random states and the default dtype."""
+
+    def __init__(self) -> None:
+        self._torch = torch.get_rng_state()
+        self._numpy: Any = np.random.get_state()
+        self._python = random.getstate()
+        self._dtype = torch.get_default_dtype()
+
+    def restore(self) -> None:
+        """Make these the current states of the process."""
+        torch.set_rng_state(self._torch)
+        np.random.set_state(self._numpy)
+        random.setstate(self._python)
+        torch.set_default_dtype(self._dtype)
+
+
 class RankThread(threading.Thread):
     """The thread of one simulated rank."""
 
@@ -35,7 +55,7 @@ class RankThread(threading.Thread):
         super().__init__(name=f"simulated rank {rank}", daemon=True)
         self.lockstep, self.rank, self.body = lockstep, rank, body
         self.turn = threading.Semaphore(0)
-        self.random_state = ProcessRandomState()
+        self.state = ProcessState()
         self.waits_for: Meeting | None = None
         self.groups_created: dict[tuple[int, ...], int] = {}
         self.ended = False
@@ -56,7 +76,7 @@ class RankThread(threading.Thread):
         """Let the other ranks run until ``meeting`` is complete."""
         if not meeting.complete:
             self.waits_for = meeting
-            self.random_state = ProcessRandomState()
+            self.state = ProcessState()
             self.lockstep.hand_over()
             self._take_turn()
             self.waits_for = None
@@ -65,7 +85,7 @@ class RankThread(threading.Thread):
 
     def _take_turn(self) -> None:
         self.turn.acquire()
-        self.random_state.restore()
+        self.state.restore()
 
 
 @dataclass(frozen=True)
@@ -111,7 +131,7 @@ class Lockstep:
 
     def run(self, body: Callable[[int], Any]) -> list[Any]:
         """``body(rank)`` for every rank; results in rank order. Raises SimulationError if any rank fails."""
-        before = ProcessRandomState()
+        before = ProcessState()
         self.threads = [RankThread(self, rank, body) for rank in range(self.world_size)]
         try:
             for thread in self.threads:
@@ -121,6 +141,8 @@ class Lockstep:
                 thread.join()
         except BaseException as error:
             self.fail(f"interrupted by {type(error).__name__}", error)
+            for thread in self.threads:
+                thread.join(timeout=PATIENCE)
             raise
         finally:
             before.restore()

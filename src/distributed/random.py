@@ -1,13 +1,10 @@
-"""Random numbers that touch no global state: private generators for parameters, saved states for ranks."""
+"""Initial values from private generators: the global random state is never touched."""
 
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,18 +47,3 @@ def normal(mean: float, std: float) -> Fill:
 def uniform(low: float, high: float) -> Fill:
     """Fill from a uniform distribution on ``[low, high)``, as ``nn.init.uniform_`` draws it."""
     return lambda tensor, generator: torch.nn.init.uniform_(tensor, low, high, generator=generator)
-
-
-class ProcessRandomState:
-    """The random states of the process: torch's default CPU generator, numpy's and python's."""
-
-    def __init__(self) -> None:
-        self._torch = torch.get_rng_state()
-        self._numpy: Any = np.random.get_state()
-        self._python = random.getstate()
-
-    def restore(self) -> None:
-        """Make these the current states of the process."""
-        torch.set_rng_state(self._torch)
-        np.random.set_state(self._numpy)
-        random.setstate(self._python)

@@ -6,6 +6,7 @@ import functools
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -67,12 +68,18 @@ def simulate(
     try:
         if num_shards is not None:
             torch.set_num_threads(1)
-        return lockstep.run(body)
+        with _eager():
+            return lockstep.run(body)
     finally:
         torch.set_num_threads(threads)
         if dist.is_initialized():
             dist.destroy_process_group()
         sys.excepthook = hook
+
+
+def _eager() -> AbstractContextManager[object]:
+    """Without torch.compile, whose graphs would carry the constants of one rank (its number) into another."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _create_group(options: Any, lockstep: Lockstep | None) -> SimulatedProcessGroup:
@@ -176,7 +183,7 @@ class SimulatedProcessGroup(dist.ProcessGroup):
         def action(payloads: list[tuple[list[list[Tensor]], list[Tensor]]]) -> None:
             for received, _ in payloads:
                 for out, (_, sent) in zip(received[0], payloads, strict=True):
-                    out.copy_(sent[0])
+                    _deliver("all_gather", sent[0], out)
 
         return self._post(("all_gather", *_specs(inputs)), (outputs, inputs), action, outputs)
 
@@ -199,7 +206,7 @@ class SimulatedProcessGroup(dist.ProcessGroup):
 
         def action(payloads: list[tuple[list[Tensor], list[list[Tensor]]]]) -> None:
             for rank, (received, _) in enumerate(payloads):
-                received[0].copy_(_reduce(op, [sent[0][rank] for _, sent in payloads]))
+                _deliver("reduce_scatter", _reduce(op, [sent[0][rank] for _, sent in payloads]), received[0])
 
         return self._post(("reduce_scatter", op, *_specs(outputs)), (outputs, inputs), action, outputs)
 
@@ -221,7 +228,7 @@ class SimulatedProcessGroup(dist.ProcessGroup):
         def action(payloads: list[tuple[list[Tensor], list[Tensor]]]) -> None:
             for rank, (received, _) in enumerate(payloads):
                 for out, (_, sent) in zip(received, payloads, strict=True):
-                    out.copy_(sent[rank])
+                    _deliver("all_to_all", sent[rank], out)
 
         return self._post(("all_to_all", inputs[0].dtype), (outputs, inputs), action, outputs)
 
@@ -229,7 +236,7 @@ class SimulatedProcessGroup(dist.ProcessGroup):
         self, output: Tensor, input: Tensor, output_splits: list[int], input_splits: list[int], opts: Any = None
     ) -> SimulatedWork:
         def cut(tensor: Tensor, splits: list[int]) -> list[Tensor]:
-            return list(tensor.split(splits or tensor.shape[0] // len(self.ranks)))
+            return list(tensor.split(splits or [tensor.shape[0] // len(self.ranks)] * len(self.ranks)))
 
         return self.alltoall(cut(output, output_splits), cut(input, input_splits), opts)
 
@@ -238,7 +245,7 @@ class SimulatedProcessGroup(dist.ProcessGroup):
 
         def action(payloads: list[tuple[list[list[Tensor]], list[Tensor]]]) -> None:
             for out, (_, sent) in zip(payloads[root][0][0], payloads, strict=True):
-                out.copy_(sent[0])
+                _deliver("gather", sent[0], out)
 
         return self._post(("gather", f"root={root}", *_specs(inputs)), (outputs, inputs), action, outputs)
 
@@ -247,7 +254,7 @@ class SimulatedProcessGroup(dist.ProcessGroup):
 
         def action(payloads: list[tuple[list[Tensor], list[list[Tensor]]]]) -> None:
             for (received, _), sent in zip(payloads, payloads[root][1][0], strict=True):
-                received[0].copy_(sent)
+                _deliver("scatter", sent, received[0])
 
         return self._post(("scatter", f"root={root}", *_specs(outputs)), (outputs, inputs), action, outputs)
 
@@ -272,6 +279,12 @@ def _reduce(op: str, terms: Sequence[Tensor]) -> Tensor:
     if op not in _REDUCTIONS:
         raise SimulationError(f"reduce-op {op} is not simulated; choose one of {', '.join(_REDUCTIONS)}")
     return _REDUCTIONS[op](list(terms))
+
+
+def _deliver(name: str, sent: Tensor, out: Tensor) -> None:
+    if sent.numel() != out.numel():
+        raise SimulationError(f"{name}: a tensor {list(sent.shape)} was sent where {list(out.shape)} is received")
+    out.copy_(sent.view(out.shape))
 
 
 def _copy_to_all(outputs: Sequence[Tensor], value: Tensor) -> None:
