@@ -176,6 +176,21 @@ def test_bfloat16_keeps_the_frequencies() -> None:
     assert not any("freqs" in name or "cache" in name for name in model.state_dict())
 
 
+def materialised(group: Group, args: ModelArgs) -> tuple[Weights, Weights]:
+    model = Transformer(args, group=group, device="meta").to_empty(device="cpu")
+    model.reset_parameters()
+    ids, _ = tokens(args)
+    ready = Transformer(args, group=group)
+    return [dict(m.named_parameters()) | {"logits": m(ids).detach()} for m in (model, ready)]
+
+
+@pytest.mark.parametrize("variant", ["padded", "all"])
+def test_a_model_built_on_the_meta_device(on_ranks: OnRanks, variant: str) -> None:
+    for model, ready in on_ranks(("simulated", 2), materialised, VARIANTS[variant]):
+        assert model.keys() == ready.keys()
+        assert all(torch.equal(model[name], ready[name]) for name in ready)
+
+
 def decoded(group: Group, lengths: list[int]) -> tuple[Tensor, Tensor]:
     model, (ids, _) = Transformer(VARIANTS["gqa"], group=group, dtype=torch.float64), tokens(VARIANTS["gqa"])
     ends = list(itertools.accumulate(lengths))

@@ -38,14 +38,16 @@ class LMHead(ColumnParallelLinear):
         if not pad_vocab:
             remedy = f"pass pad_vocab=True to pad it to {rows}"
             shard_size("vocab_size", vocab_size, group.num_shards, group.world_size, remedy)
-        self.vocab_size = vocab_size
+        self.vocab_size, self.tied = vocab_size, tied_weight is not None
         options: dict[str, Any] = {"init_base_seed": init_base_seed, "dtype": dtype}
         super().__init__(hidden_size, rows, bias=False, group=group, device=device, **options)
         if tied_weight is not None:
             self.weight = tied_weight
 
     def reset_parameters(self) -> None:
-        """Draw this rank's logical shards anew; padding rows become zero."""
+        """Draw this rank's logical shards anew; padding rows become zero. A tied weight is the embedding's to draw."""
+        if self.tied:
+            return
         super().reset_parameters()
         with torch.no_grad():
             first = self.group.rank * self.weight.shape[0]

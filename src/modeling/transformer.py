@@ -67,6 +67,15 @@ class Transformer(nn.Module):
         )
         self.frequencies = RotaryFrequencies(args.head_dim, args.max_seq_len, args.rope_theta, device)
 
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, as after ``to_empty`` on a model that was built on the meta device."""
+        if self.args.tie_embeddings:
+            self.output.weight = self.tok_embeddings.weight  # to_empty parts what was tied
+        for module in self.modules():
+            reset: Any = getattr(module, "reset_parameters", None)
+            if reset is not None and module is not self:
+                reset()
+
     def forward(self, tokens: Tensor, start_pos: int = 0) -> Tensor:
         """``tokens [b, s] -> logits [b, s, v/w]``, causal, the first token being at position ``start_pos``.
 
