@@ -31,7 +31,6 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from .distributed import Group, barrier
 from .modeling.parameters import Placement, placements
-from .sharding import valid_size
 
 INFO = "isoshard.json"
 
@@ -47,11 +46,11 @@ class ShardView(torch.Tensor):
 
     @staticmethod
     def __new__(cls, local: Tensor, place: Placement, group: Group) -> ShardView:
-        dim, length = place.dim, local.shape[place.dim or 0]
+        dim, offset = place.dim, place.offset(group)
         size = torch.Size(place.size if d == dim else n for d, n in enumerate(local.shape))
         view: ShardView = torch.Tensor._make_wrapper_subclass(cls, size, dtype=local.dtype, device=local.device)
-        view._local = local.narrow(dim or 0, 0, valid_size(place.size, group.rank, length))
-        view._offsets = torch.Size(group.rank * length if d == dim else 0 for d in range(local.dim()))
+        view._local = local.narrow(dim or 0, 0, min(max(place.size - offset, 0), local.shape[dim or 0]))
+        view._offsets = torch.Size(offset if d == dim else 0 for d in range(local.dim()))
         return view
 
     @classmethod
@@ -82,9 +81,11 @@ def sharded_state_dict(
 ) -> dict[str, Any]:
     """Names to this rank's slices (``ShardView``) and replicated tensors: what ``dcp.save`` and ``dcp.load`` take.
 
-    Parameters appear as ``model.<name>``, tied ones once; optimizer state as ``optimizer.<name>.<key>``.
+    Parameters and persistent buffers appear as ``model.<name>``, tied ones once; optimizer state as
+    ``optimizer.<name>.<key>``.
     """
-    state: dict[str, Any] = {}
+    kept = model.state_dict().keys()
+    state: dict[str, Any] = {f"model.{name}": buffer for name, buffer in model.named_buffers() if name in kept}
     for place in placements(model, group=group):
         state[f"model.{place.name}"] = _view(place.parameter.detach(), place, group)
         for key, value in (optimizer.state.get(place.parameter, {}) if optimizer else {}).items():

@@ -40,7 +40,9 @@ def _generate(
 ) -> Iterator[Tensor]:
     position = 0
     for _ in range(max_new_tokens):
-        logits = gather_from_region(model(tokens, position)[:, -1], group=model.group)[:, : model.args.vocab_size]
+        with model.whole_sequences():
+            logits = model(tokens, position)[:, -1]
+        logits = gather_from_region(logits, group=model.group)[:, : model.args.vocab_size]
         position += tokens.shape[1]
         if temperature > 0:
             chances = (logits.float() / temperature).softmax(-1)

@@ -53,6 +53,15 @@ def shard_range(rank: int, world_size: int, num_shards: int) -> range:
     return range(rank * per_rank, (rank + 1) * per_rank)
 
 
+def shared_range(shards: range, replicas: int) -> range:
+    """The pieces that consecutive ``shards`` use when each run of ``replicas`` logical shards shares one piece.
+
+    >>> shared_range(range(4, 8), 2), shared_range(range(5, 6), 4)
+    (range(2, 4), range(1, 2))
+    """
+    return range(shards.start // replicas, (shards.stop - 1) // replicas + 1)
+
+
 def padded_size(size: int, num_shards: int) -> int:
     """``size`` rounded up to a multiple of ``num_shards``.
 

@@ -32,6 +32,7 @@ class RankPool:
         self.backend, self.world_size, self.timeout = backend, world_size, timeout
         self._processes: list[multiprocessing.context.SpawnProcess] = []
         self._pipes: list[Connection] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def run(self, program: Callable[..., Any], *args: Any, **group_options: Any) -> list[Any]:
         """``program(Group(**group_options), *args)`` on every rank; results in rank order.
@@ -57,10 +58,13 @@ class RankPool:
             process.kill()
             process.join()
         self._processes, self._pipes = [], []
+        if self._folder is not None:
+            self._folder.cleanup()
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        store = os.path.join(tempfile.mkdtemp(prefix="isoshard-"), "store")
+        self._folder = tempfile.TemporaryDirectory(prefix="isoshard-")
+        store = os.path.join(self._folder.name, "store")
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             args = (theirs, self.backend, rank, self.world_size, store)

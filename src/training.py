@@ -92,8 +92,9 @@ def clip_grad_norm_(model: torch.nn.Module, max_norm: float, *, group: Group) ->
         if grad is not None and place.dim is None:
             replicated.append(grad)
         elif grad is not None and place.dim is not None:
-            for own, piece in zip(sharded, group.split(grad, place.dim), strict=True):
-                own.append(piece.contiguous())
+            for own, piece in zip(sharded, place.counted(grad, group), strict=True):
+                if piece is not None:
+                    own.append(piece.contiguous())
     device = next(model.parameters()).device
     local = torch.stack([_square_norm(grads, device) for grads in sharded])
     squares = tree_sum(all_gather(local, group=group).unbind(0)) + _square_norm(replicated, device)

@@ -51,7 +51,7 @@ FLOORS = {
     ],
     "modeling": [
         {"config", "checks", "parameters"},
-        {"norm", "pos_emb", "linear", "vocab_emb", "loss"},
+        {"norm", "pos_emb", "linear", "kv_linear", "dropout", "vocab_emb", "loss"},
         {"attention", "mlp", "lm_head"},
         {"block"},
         {"transformer"},

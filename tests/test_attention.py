@@ -249,5 +249,5 @@ def build(group: Group, args: ModelArgs) -> None:
 def test_heads_that_do_not_divide(on_ranks: OnRanks) -> None:
     with pytest.raises(ValueError, match=r"n_heads=6 cannot be sharded over num_shards=4 logical shards"):
         Attention(ModelArgs(dim=24, n_heads=6), group=Group.single(4))
-    with pytest.raises(SimulationError, match=r"n_kv_heads=2 cannot be sharded over world_size=4 ranks"):
-        on_ranks(("simulated", 4), build, ModelArgs(dim=32, n_heads=8, n_kv_heads=2))
+    with pytest.raises(SimulationError, match=r"n_kv_heads=3 must divide num_shards=4 or be a multiple of it"):
+        on_ranks(("simulated", 4), build, ModelArgs(dim=48, n_heads=12, n_kv_heads=3))

@@ -7,10 +7,12 @@ import inspect
 import pickle
 import random
 import signal
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -268,18 +270,22 @@ def test_a_swallowed_fault_comes_back() -> None:
     assert sorted(caught) == [0, 0, 0, 1, 1, 1]
 
 
-def test_interrupting_ends_the_ranks() -> None:
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_interrupting_ends_the_ranks(world_size: int) -> None:
+    ended = []
+
     def program(group: Group) -> None:
-        torch.manual_seed(group.rank)
-        time.sleep(0.3)
-        barrier(group)
+        try:
+            torch.manual_seed(group.rank)
+            time.sleep(0.3)
+            barrier(group)
+        finally:
+            ended.append(group.rank)
 
     signal.setitimer(signal.ITIMER_REAL, 0.1, 20)
     with pytest.raises(TimeoutError):
-        simulate(program, 2)
-    for thread in threading.enumerate():
-        if thread.name.startswith("simulated rank"):
-            thread.join(1)
+        simulate(program, world_size)
+    assert sorted(ended) == list(range(world_size))
 
 
 def test_simulations_do_not_nest() -> None:
@@ -456,6 +462,22 @@ def test_parallelism_of_torch(program: Program) -> None:
 def test_compiled_functions_are_not_shared_between_ranks() -> None:
     compiled = torch.compile(lambda x: x + dist.get_rank(), backend="eager")
     assert simulate(lambda g: compiled(torch.zeros(1)).item(), 3) == [0.0, 1.0, 2.0]
+
+
+FIRST_COMPILED_INSIDE = """
+import torch
+from src import simulate
+
+rank = torch.distributed.get_rank
+compile = lambda: torch.compile(lambda x: x + rank(), backend="eager")
+print(simulate(lambda g: compile()(torch.zeros(1)).item(), 3))
+"""
+
+
+def test_the_first_compilation_of_a_process_may_be_inside() -> None:
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", FIRST_COMPILED_INSIDE], cwd=root, capture_output=True, text=True)
+    assert done.stdout == "[0.0, 1.0, 2.0]\n", done.stderr
 
 
 def gather(x: Tensor, group: Group) -> Any:

@@ -47,12 +47,16 @@ class Ledger:
         return sum((op is None or r.op == op) and (phase is None or r.phase == phase) for r in self.records)
 
 
+def in_backward() -> bool:
+    """Whether autograd is running a backward pass in this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def record(op: str, tensor: Tensor) -> None:
     """Enter a collective into every active ledger."""
     if torch.compiler.is_compiling():
         return
     for ledger in _ledgers.get():
-        in_backward = torch._C._current_graph_task_id() != -1
         ledger.records.append(
-            Record(op, tensor.dtype, tuple(tensor.shape), tensor.nbytes, "backward" if in_backward else "forward")
+            Record(op, tensor.dtype, tuple(tensor.shape), tensor.nbytes, "backward" if in_backward() else "forward")
         )

@@ -10,6 +10,7 @@ import os
 import random
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 
 PATIENCE = 5.0
-"""Seconds that an interrupted rank is given to reach its next collective, where it ends."""
+"""Seconds that interrupted ranks are given to reach their next collective, where they end."""
 
 _LIBRARY = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep)
 
@@ -59,6 +60,7 @@ class RankThread(threading.Thread):
         self.waits_for: Meeting | None = None
         self.groups_created: dict[tuple[int, ...], int] = {}
         self.ended = False
+        self.over = threading.Event()
         self.result: Any = None
 
     def run(self) -> None:
@@ -71,6 +73,7 @@ class RankThread(threading.Thread):
             self.lockstep.fail(f"rank {self.rank} raised {type(error).__name__}: {error}", error)
         self.ended = True
         self.lockstep.hand_over()
+        self.over.set()
 
     def wait_for(self, meeting: Meeting) -> None:
         """Let the other ranks run until ``meeting`` is complete."""
@@ -138,11 +141,12 @@ class Lockstep:
                 thread.start()
             self.threads[0].turn.release()
             for thread in self.threads:
-                thread.join()
+                thread.over.wait()
         except BaseException as error:
             self.fail(f"interrupted by {type(error).__name__}", error)
+            deadline = time.monotonic() + PATIENCE
             for thread in self.threads:
-                thread.join(timeout=PATIENCE)
+                thread.over.wait(timeout=max(deadline - time.monotonic(), 0))
             raise
         finally:
             before.restore()

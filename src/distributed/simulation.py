@@ -6,7 +6,6 @@ import functools
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -68,18 +67,14 @@ def simulate(
     try:
         if num_shards is not None:
             torch.set_num_threads(1)
-        with _eager():
+        # A compiled graph would carry the constants of one rank, such as its number, into another.
+        with torch.compiler.set_stance("force_eager"):
             return lockstep.run(body)
     finally:
         torch.set_num_threads(threads)
         if dist.is_initialized():
             dist.destroy_process_group()
         sys.excepthook = hook
-
-
-def _eager() -> AbstractContextManager[object]:
-    """Without torch.compile, whose graphs would carry the constants of one rank (its number) into another."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _create_group(options: Any, lockstep: Lockstep | None) -> SimulatedProcessGroup:

@@ -4,6 +4,8 @@ from ..functional import precompute_freqs_cis
 from .attention import Attention
 from .block import TransformerBlock
 from .config import ModelArgs
+from .dropout import ParallelDropout
+from .kv_linear import KVParallelLinear
 from .linear import ColumnParallelLinear, RowParallelLinear
 from .lm_head import LMHead
 from .loss import vocab_parallel_cross_entropy
@@ -18,9 +20,11 @@ __all__ = [
     "ColumnParallelLinear",
     "FeedForward",
     "GroupRMSNorm",
+    "KVParallelLinear",
     "LMHead",
     "ModelArgs",
     "NTKAwareRoPE",
+    "ParallelDropout",
     "ParallelVocabEmbedding",
     "RMSNorm",
     "RotaryFrequencies",

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from ..distributed.group import group_or_single
 from ..distributed.random import SEED_STRIDE
-from ..distributed.regions import copy_to_shards
+from ..distributed.regions import copy_to_shards, gather_to_shards
 from ..functional import rotate_neighbours
 from ..sharding import shard_size
 from .checks import check_activations
 from .config import ModelArgs
+from .dropout import ParallelDropout
+from .kv_linear import KVParallelLinear
 from .linear import ColumnParallelLinear, RowParallelLinear
 
 
@@ -25,8 +27,9 @@ class Attention(nn.Module):
     ``max_batch_size x max_seq_len`` positions of this rank's heads, is allocated on first use and is no part of the
     state dict.
 
-    With ``group=None`` this is an ordinary single-process module. Raises ValueError when the logical shards do not
-    divide the heads or the kv heads.
+    With ``group=None`` this is an ordinary single-process module. Fewer kv heads than logical shards are shared by runs
+    of them (``KVParallelLinear``). Raises ValueError when the logical shards do not divide the heads, or neither divide
+    nor are divided by the kv heads.
     """
 
     cache_k: Tensor | None
@@ -37,27 +40,28 @@ class Attention(nn.Module):
         args: ModelArgs,
         *,
         group: Any = None,
+        sequence_parallel: bool = False,
         init_base_seed: int = 42,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> None:
         super().__init__()
-        self.args, self.group = args, group_or_single(group)
-        for name, heads in (("n_heads", args.n_heads), ("n_kv_heads", args.kv_heads)):
-            shard_size(name, heads, self.group.num_shards, self.group.world_size)
-        options: dict[str, Any] = {"bias": False, "group": self.group, "dtype": dtype, "device": device}
-        seeds = range(init_base_seed, init_base_seed + 4 * SEED_STRIDE, SEED_STRIDE)
-        width, kv_width = args.n_heads * args.head_dim, args.kv_heads * args.head_dim
-        self.wq = ColumnParallelLinear(args.dim, width, init_base_seed=seeds[0], **options)
-        self.wk = ColumnParallelLinear(args.dim, kv_width, init_base_seed=seeds[1], **options)
-        self.wv = ColumnParallelLinear(args.dim, kv_width, init_base_seed=seeds[2], **options)
-        self.wo = RowParallelLinear(width, args.dim, init_base_seed=seeds[3], **options)
+        self.args, self.group, self.sequence_parallel = args, group_or_single(group), sequence_parallel
+        shard_size("n_heads", args.n_heads, self.group.num_shards, self.group.world_size)
+        options: dict[str, Any] = {"group": self.group, "dtype": dtype, "device": device}
+        seeds = range(init_base_seed, init_base_seed + 5 * SEED_STRIDE, SEED_STRIDE)
+        width = args.n_heads * args.head_dim
+        self.wq = ColumnParallelLinear(args.dim, width, bias=False, init_base_seed=seeds[0], **options)
+        self.wk, self.wv = (self._kv_projection(init_base_seed=seed, **options) for seed in seeds[1:3])
+        self.wo = RowParallelLinear(width, args.dim, bias=False, init_base_seed=seeds[3], **options)
+        self.wo.sequence_parallel = sequence_parallel
+        self.dropout = ParallelDropout(args.dropout, group=self.group, seed=seeds[4])
         self.register_buffer("cache_k", None, persistent=False)
         self.register_buffer("cache_v", None, persistent=False)
         self._cached = (0, 0)  # sequences and positions that the cache holds
 
     def forward(self, x: Tensor, start_pos: int, freqs_cis: Tensor, mask: Tensor | None = None) -> Tensor:
-        """``x [b, s, h] -> [b, s, h]``, both replicated.
+        """``x [b, s, h] -> [b, s, h]``, both replicated, or with ``sequence_parallel`` both ``[b, s/w, h]``.
 
         ``freqs_cis [s, hd/2]`` are the angles of positions ``[start_pos, start_pos + s)``. ``mask`` is additive, of x's
         dtype, ``[s, start_pos + s]``; None means that every query sees every position. Keys and values before
@@ -68,14 +72,21 @@ class Attention(nn.Module):
         """
         check_activations(x, self.args.dim, "Attention", dims=3)
         self._check_positions(x, start_pos, mask)
-        inputs = copy_to_shards(x, group=self.group)
+        inputs = (gather_to_shards if self.sequence_parallel else copy_to_shards)(x, group=self.group)
         q, k, v = (self._heads(projection, inputs) for projection in (self.wq, self.wk, self.wv))
         q, k = ([rotate_neighbours(heads, freqs_cis) for heads in shards] for shards in (q, k))
         if start_pos > 0 or not torch.is_grad_enabled():
             k, v = self._through_cache(k, v, start_pos)
-        return self.wo.forward_shards([self._attend(*qkv, mask) for qkv in zip(q, k, v, strict=True)])
+        heads = [self._attend(*qkv, mask) for qkv in zip(q, k, v, strict=True)]
+        return self.wo.forward_shards(self.dropout.forward_shards(heads))
 
-    def _heads(self, projection: ColumnParallelLinear, inputs: list[Tensor]) -> list[Tensor]:
+    def _kv_projection(self, **options: Any) -> ColumnParallelLinear | KVParallelLinear:
+        args, shards = self.args, self.group.num_shards
+        if args.kv_heads < shards or args.kv_heads % shards:
+            return KVParallelLinear(args.dim, args.kv_heads, args.head_dim, **options)
+        return ColumnParallelLinear(args.dim, args.kv_heads * args.head_dim, bias=False, **options)
+
+    def _heads(self, projection: ColumnParallelLinear | KVParallelLinear, inputs: list[Tensor]) -> list[Tensor]:
         """``[b, s, heads, hd]`` per logical shard."""
         return [y.unflatten(-1, (-1, self.args.head_dim)) for y in projection.forward_shards(inputs)]
 
@@ -135,7 +146,8 @@ class Attention(nn.Module):
             return
         if mask.dtype != x.dtype:
             raise TypeError(f"mask must be additive and of x's dtype {x.dtype}, not {mask.dtype}; use mask.to(x.dtype)")
-        if mask.shape != (x.shape[1], start_pos + x.shape[1]):
+        length = x.shape[1] * (self.group.world_size if self.sequence_parallel else 1)
+        if mask.shape != (length, start_pos + length):
             raise ValueError(
-                f"mask must be [s, start_pos + s] = [{x.shape[1]}, {start_pos + x.shape[1]}], got {list(mask.shape)}"
+                f"mask must be [s, start_pos + s] = [{length}, {start_pos + length}], got {list(mask.shape)}"
             )

@@ -11,6 +11,7 @@ from ..distributed.group import group_or_single
 from ..distributed.random import SEED_STRIDE
 from .attention import Attention
 from .config import ModelArgs
+from .dropout import ParallelDropout
 from .mlp import FeedForward
 from .norm import RMSNorm
 
@@ -20,8 +21,10 @@ SEEDS_PER_BLOCK = 16 * SEED_STRIDE
 class TransformerBlock(nn.Module):
     """``h = x + attention(attention_norm(x))``, ``out = h + feed_forward(ffn_norm(h))``.
 
-    Two all-reduces forward and two backward, whatever the model. ``init_base_seed`` is that of the whole model: layer
-    ``layer_id`` draws from ``init_base_seed + (layer_id + 1) * SEEDS_PER_BLOCK`` on.
+    Two all-reduces forward and two backward, whatever the model; with ``sequence_parallel`` each becomes a
+    reduce-scatter and an all-gather, and what lies between them works on this rank's part of the sequence.
+    ``init_base_seed`` is that of the whole model: layer ``layer_id`` draws from
+    ``init_base_seed + (layer_id + 1) * SEEDS_PER_BLOCK`` on.
     """
 
     def __init__(
@@ -30,6 +33,7 @@ class TransformerBlock(nn.Module):
         args: ModelArgs,
         *,
         group: Any = None,
+        sequence_parallel: bool = False,
         init_base_seed: int = 42,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
@@ -37,21 +41,28 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.layer_id = layer_id
         seed = init_base_seed + (layer_id + 1) * SEEDS_PER_BLOCK
-        options: dict[str, Any] = {"group": group_or_single(group), "dtype": dtype, "device": device}
+        place: dict[str, Any] = {"group": group_or_single(group), "sequence_parallel": sequence_parallel}
+        options = place | {"dtype": dtype, "device": device}
         self.attention = Attention(args, init_base_seed=seed, **options)
         self.feed_forward = FeedForward(
             args.dim,
             4 * args.dim,
             args.multiple_of,
             args.ffn_dim_multiplier,
+            dropout=args.dropout,
             init_base_seed=seed + SEEDS_PER_BLOCK // 2,
             **options,
         )
-        self.attention_norm = RMSNorm(args.dim, args.norm_eps, device, dtype)
-        self.ffn_norm = RMSNorm(args.dim, args.norm_eps, device, dtype)
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps, **options)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps, **options)
+        self.attention_dropout = ParallelDropout(args.dropout, seed=seed + 5 * SEED_STRIDE, **place)
+        self.ffn_dropout = ParallelDropout(args.dropout, seed=seed + 6 * SEED_STRIDE, **place)
 
     def forward(self, x: Tensor, start_pos: int, freqs_cis: Tensor, mask: Tensor | None = None) -> Tensor:
-        """``x [b, s, h] -> [b, s, h]``, both replicated; the other arguments as for ``Attention.forward``."""
-        h = x + self.attention(self.attention_norm(x), start_pos, freqs_cis, mask)
-        out: Tensor = h + self.feed_forward(self.ffn_norm(h))
+        """``x [b, s, h] -> [b, s, h]``, replicated, or with ``sequence_parallel`` both ``[b, s/w, h]``.
+
+        The other arguments are those of ``Attention.forward``.
+        """
+        h = x + self.attention_dropout(self.attention(self.attention_norm(x), start_pos, freqs_cis, mask))
+        out: Tensor = h + self.ffn_dropout(self.feed_forward(self.ffn_norm(h)))
         return out

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 @dataclass
 class ModelArgs:
-    """Llama 3's names and defaults, and two of our own at the end.
+    """Llama 3's names and defaults, and three of our own at the end.
 
     ``n_kv_heads`` None means ``n_heads``; ``vocab_size`` must be set before a model is built. ``pad_vocab`` pads a
-    vocabulary that the logical shards do not divide; ``tie_embeddings`` lets the head share the embedding's table.
+    vocabulary that the logical shards do not divide; ``tie_embeddings`` lets the head share the embedding's table;
+    ``dropout`` acts on the heads' outputs, the feed-forward's hidden features, and what both add to the residual.
 
     Raises ValueError for sizes that do not fit each other.
     """
@@ -28,6 +29,7 @@ class ModelArgs:
     max_seq_len: int = 2048
     pad_vocab: bool = False
     tie_embeddings: bool = False
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("dim", "n_layers", "n_heads", "kv_heads", "multiple_of", "max_batch_size", "max_seq_len"):

@@ -24,8 +24,10 @@ from ..distributed.random import fill_shards, uniform
 from ..distributed.regions import (
     copy_to_shards,
     gather_from_region,
+    gather_to_shards,
     join_shards,
     reduce_from_shards,
+    reduce_scatter_from_shards,
     scatter_to_region,
     split_shards,
 )
@@ -105,7 +107,8 @@ class ColumnParallelLinear(_ParallelLinear):
     """``y = x W^T + b`` with the output features sharded; the gradient of x is summed over all shards.
 
     ``group`` is a Group, a ProcessGroup, a 1-D DeviceMesh, or None: the initialised default group, or a world of one.
-    ``gather_output`` makes y replicated.
+    ``gather_output`` makes y replicated. With ``sequence_parallel`` x is this rank's part of the sequence, gathered
+    first.
 
     Raises ValueError when the logical shards do not divide ``out_features``.
     """
@@ -121,17 +124,19 @@ class ColumnParallelLinear(_ParallelLinear):
         *,
         group: Any = None,
         gather_output: bool = False,
+        sequence_parallel: bool = False,
         init_base_seed: int = 42,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> None:
         super().__init__(in_features, out_features, bias, group, init_base_seed, dtype, device)
-        self.gather_output = gather_output
+        self.gather_output, self.sequence_parallel = gather_output, sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in] -> y [..., out/w]``, or ``[..., out]`` with ``gather_output``."""
         check_activations(x, self.in_features, "ColumnParallelLinear")
-        y = join_shards(self.forward_shards(copy_to_shards(x, group=self.group)))
+        enter = gather_to_shards if self.sequence_parallel else copy_to_shards
+        y = join_shards(self.forward_shards(enter(x, group=self.group)))
         return gather_from_region(y, group=self.group) if self.gather_output else y
 
     def forward_shards(self, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -147,7 +152,8 @@ class ColumnParallelLinear(_ParallelLinear):
 class RowParallelLinear(_ParallelLinear):
     """``y = x W^T + b`` with the input features sharded; y is summed over all shards, then the bias is added once.
 
-    ``group`` as for ColumnParallelLinear. With ``input_is_parallel=False`` x is replicated and cut here.
+    ``group`` as for ColumnParallelLinear. With ``input_is_parallel=False`` x is replicated and cut here. With
+    ``sequence_parallel`` each rank gets its part of the sequence, ``y [b, s/w, out]``.
 
     Raises ValueError when the logical shards do not divide ``in_features``.
     """
@@ -163,12 +169,13 @@ class RowParallelLinear(_ParallelLinear):
         *,
         group: Any = None,
         input_is_parallel: bool = True,
+        sequence_parallel: bool = False,
         init_base_seed: int = 42,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> None:
         super().__init__(in_features, out_features, bias, group, init_base_seed, dtype, device)
-        self.input_is_parallel = input_is_parallel
+        self.input_is_parallel, self.sequence_parallel = input_is_parallel, sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in/w]`` (``[..., in]`` unless ``input_is_parallel``) ``-> y [..., out]``."""
@@ -182,5 +189,12 @@ class RowParallelLinear(_ParallelLinear):
         """One ``x [..., in/V]`` per logical shard of this rank to ``y [..., out]``."""
         weights = split_shards(self.weight, group=self.group, dim=1)
         terms = [F.linear(x, weight) for x, weight in zip(inputs, weights, strict=True)]
-        y = reduce_from_shards(terms, group=self.group)
-        return y if self.bias is None else y + self.bias
+        if not self.sequence_parallel:
+            y = reduce_from_shards(terms, group=self.group)
+            return y if self.bias is None else y + self.bias
+        y = reduce_scatter_from_shards(terms, group=self.group)
+        if self.bias is None:
+            return y
+        biases = copy_to_shards(self.bias, group=self.group)
+        pieces = split_shards(y, group=self.group, dim=1)
+        return join_shards([piece + bias for piece, bias in zip(pieces, biases, strict=True)], dim=1)

@@ -29,6 +29,7 @@ class LMHead(ColumnParallelLinear):
         group: Any = None,
         pad_vocab: bool = False,
         tied_weight: nn.Parameter | None = None,
+        sequence_parallel: bool = False,
         init_base_seed: int = 42,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
@@ -40,7 +41,8 @@ class LMHead(ColumnParallelLinear):
             shard_size("vocab_size", vocab_size, group.num_shards, group.world_size, remedy)
         self.vocab_size, self.tied = vocab_size, tied_weight is not None
         options: dict[str, Any] = {"init_base_seed": init_base_seed, "dtype": dtype}
-        super().__init__(hidden_size, rows, bias=False, group=group, device=device, **options)
+        options |= {"sequence_parallel": sequence_parallel, "device": device}
+        super().__init__(hidden_size, rows, bias=False, group=group, **options)
         if tied_weight is not None:
             self.weight = tied_weight
 

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from ..distributed.group import group_or_single
 from ..distributed.random import SEED_STRIDE
-from ..distributed.regions import copy_to_shards
+from ..distributed.regions import copy_to_shards, gather_to_shards
 from ..functional import swiglu
 from .checks import check_activations
+from .dropout import ParallelDropout
 from .linear import ColumnParallelLinear, RowParallelLinear
 
 
@@ -42,12 +43,14 @@ class FeedForward(nn.Module):
         ffn_dim_multiplier: float | None = None,
         *,
         group: Any = None,
+        sequence_parallel: bool = False,
+        dropout: float = 0.0,
         init_base_seed: int = 42,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> None:
         super().__init__()
-        self.dim, self.group = dim, group_or_single(group)
+        self.dim, self.group, self.sequence_parallel = dim, group_or_single(group), sequence_parallel
         size = feed_forward_size(hidden_dim, multiple_of, ffn_dim_multiplier)
         if size < 1:
             raise ValueError(f"hidden_dim={hidden_dim}, ffn_dim_multiplier={ffn_dim_multiplier} leave no features")
@@ -55,10 +58,13 @@ class FeedForward(nn.Module):
         self.w1 = ColumnParallelLinear(dim, size, init_base_seed=init_base_seed, **options)
         self.w2 = RowParallelLinear(size, dim, init_base_seed=init_base_seed + SEED_STRIDE, **options)
         self.w3 = ColumnParallelLinear(dim, size, init_base_seed=init_base_seed + 2 * SEED_STRIDE, **options)
+        self.w2.sequence_parallel = sequence_parallel
+        self.dropout = ParallelDropout(dropout, group=self.group, seed=init_base_seed + 3 * SEED_STRIDE)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x [..., h] -> [..., h]``, both replicated."""
+        """``x [..., h] -> [..., h]``, both replicated, or with ``sequence_parallel`` both ``[b, s/w, h]``."""
         check_activations(x, self.dim, "FeedForward")
-        inputs = copy_to_shards(x, group=self.group)
+        inputs = (gather_to_shards if self.sequence_parallel else copy_to_shards)(x, group=self.group)
         gates, ups = self.w1.forward_shards(inputs), self.w3.forward_shards(inputs)
-        return self.w2.forward_shards([swiglu(gate, up) for gate, up in zip(gates, ups, strict=True)])
+        hidden = [swiglu(gate, up) for gate, up in zip(gates, ups, strict=True)]
+        return self.w2.forward_shards(self.dropout.forward_shards(hidden))

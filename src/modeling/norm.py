@@ -19,7 +19,9 @@ from .checks import check_activations
 class RMSNorm(nn.Module):
     """``y = x / sqrt(mean(x^2) + eps) * weight`` over the last dim (Zhang & Sennrich 2019); ``weight`` starts at 1.
 
-    Statistics are taken in float32 or wider; the output follows the input's dtype and device.
+    Statistics are taken in float32 or wider; the output follows the input's dtype and device. With
+    ``sequence_parallel`` x is this rank's part ``[b, s/w, h]`` of the sequence, and the gradient of ``weight`` is
+    summed over the V pieces of the sequence: without that sum every rank would train a weight of its own.
     """
 
     def __init__(
@@ -28,9 +30,13 @@ class RMSNorm(nn.Module):
         eps: float = 1e-5,
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
+        *,
+        group: Any = None,
+        sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
         self.hidden_size, self.eps = hidden_size, eps
+        self.group, self.sequence_parallel = group_or_single(group), sequence_parallel
         self.weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -41,7 +47,11 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., h] -> y [..., h]``."""
         check_activations(x, self.hidden_size, "RMSNorm")
-        return rms_norm(x, self.weight, self.eps)
+        if not self.sequence_parallel:
+            return rms_norm(x, self.weight, self.eps)
+        pieces = split_shards(x, group=self.group, dim=1)
+        weights = copy_to_shards(self.weight, group=self.group)
+        return join_shards([rms_norm(xj, wj, self.eps) for xj, wj in zip(pieces, weights, strict=True)], dim=1)
 
 
 class GroupRMSNorm(nn.Module):

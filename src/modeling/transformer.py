@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,9 +23,10 @@ from .vocab_emb import ParallelVocabEmbedding
 class Transformer(nn.Module):
     """``ids [b, s]`` to logits sharded over the vocabulary, ``[b, s, v/w]``.
 
-    With ``group=None`` this is an ordinary single-process model. Every parameter draws from a stream of its own,
-    found from ``seed``; with the group's ``num_shards`` fixed, the weights are the same at every world size. A tied
-    table has a standard deviation of ``dim^-0.5``, so that logits start small.
+    With ``group=None`` this is an ordinary single-process model. ``sequence_parallel`` keeps the activations between
+    attention and feed-forward cut along the sequence, into V pieces at every world size. Every parameter draws from a
+    stream of its own, found from ``seed``; with the group's ``num_shards`` fixed, the weights are the same at every
+    world size. A tied table has a standard deviation of ``dim^-0.5``, so that logits start small.
 
     Raises ValueError for an unset ``vocab_size`` and for sizes that the logical shards do not divide.
     """
@@ -33,6 +36,7 @@ class Transformer(nn.Module):
         args: ModelArgs,
         *,
         group: Any = None,
+        sequence_parallel: bool = False,
         seed: int = 42,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
@@ -40,9 +44,9 @@ class Transformer(nn.Module):
         super().__init__()
         if args.vocab_size < 1:
             raise ValueError(f"vocab_size={args.vocab_size}: set it in ModelArgs before building a model")
-        self.args, self.group = args, group_or_single(group)
+        self.args, self.group, self.sequence_parallel = args, group_or_single(group), sequence_parallel
         base = model_seed(seed)
-        options: dict[str, Any] = {"dtype": dtype, "device": device}
+        options: dict[str, Any] = {"dtype": dtype, "device": device, "sequence_parallel": sequence_parallel}
         self.tok_embeddings = ParallelVocabEmbedding(
             args.vocab_size,
             args.dim,
@@ -55,7 +59,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(
             TransformerBlock(i, args, group=self.group, init_base_seed=base, **options) for i in range(args.n_layers)
         )
-        self.norm = RMSNorm(args.dim, args.norm_eps, **options)
+        self.norm = RMSNorm(args.dim, args.norm_eps, group=self.group, **options)
         self.output = LMHead(
             args.dim,
             args.vocab_size,
@@ -76,6 +80,18 @@ class Transformer(nn.Module):
             if reset is not None and module is not self:
                 reset()
 
+    @contextmanager
+    def whole_sequences(self) -> Iterator[None]:
+        """Turn sequence parallelism off for a while, as for decoding, whose steps are too short to cut."""
+        cut: list[Any] = [module for module in self.modules() if getattr(module, "sequence_parallel", False)]
+        for module in cut:
+            module.sequence_parallel = False
+        try:
+            yield
+        finally:
+            for module in cut:
+                module.sequence_parallel = True
+
     def forward(self, tokens: Tensor, start_pos: int = 0) -> Tensor:
         """``tokens [b, s] -> logits [b, s, v/w]``, causal, the first token being at position ``start_pos``.
 
@@ -90,6 +106,9 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"start_pos={start_pos} + {length} positions must lie in [0, max_seq_len={self.args.max_seq_len}]"
             )
+        if self.sequence_parallel and length % self.group.num_shards:
+            shards = self.group.num_shards
+            raise ValueError(f"sequence_parallel: num_shards={shards} must divide the sequence length {length}")
         h = self.tok_embeddings(tokens)
         mask = causal_mask(length, start_pos, dtype=h.dtype, device=h.device) if length > 1 else None
         freqs_cis = self.frequencies(start_pos, length)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..distributed.group import Group, as_group
 from ..distributed.random import fill_shards, normal
-from ..distributed.regions import reduce_from_region
+from ..distributed.regions import reduce_from_region, reduce_scatter_from_shards
 from ..functional import shard_embedding
 from ..sharding import check_num_shards, check_rank, padded_size, shard_range, shard_size
 from .checks import check_ids
@@ -60,7 +60,8 @@ class ParallelVocabEmbedding(nn.Module):
 
     ``num_shards`` (default: ``world_size``, or the group's) fixes the initial values whatever the world size.
     ``pad_vocab`` pads a vocabulary that does not divide; padding rows are zero and never selected. ``check`` makes
-    ids outside the vocabulary a ValueError on CUDA too, at the price of a wait per call.
+    ids outside the vocabulary a ValueError on CUDA too, at the price of a wait per call. With ``sequence_parallel``, in
+    group mode, ``forward`` reduce-scatters instead: each rank gets its part ``[b, s/w, e]`` of the sequence.
 
     Raises ValueError when only one of ``rank`` and ``world_size`` is given, when they contradict the group or each
     other, and when the vocabulary does not divide.
@@ -82,8 +83,10 @@ class ParallelVocabEmbedding(nn.Module):
         num_shards: int | None = None,
         pad_vocab: bool = False,
         check: bool = False,
+        sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
+        self.sequence_parallel = sequence_parallel
         self.vocab_size, self.emb_size, self.check = vocab_size, emb_size, check
         self.init_mean, self.init_std, self.init_base_seed = init_mean, init_std, init_base_seed
         self._place(rank, world_size, process_group, num_shards)
@@ -141,6 +144,8 @@ class ParallelVocabEmbedding(nn.Module):
         """
         check_ids("ids", ids, self.vocab_size, self.rank, sync=self.check)
         local = shard_embedding(ids.to(self.weight.device), self.weight, self.first_id)
-        if self.group is not None:
+        if self.group is not None and self.sequence_parallel:
+            local = reduce_scatter_from_shards([local], group=self.group)
+        elif self.group is not None:
             local = reduce_from_region(local, group=self.group)
         return local.to(ids.device)
