@@ -18,6 +18,7 @@ from src.distributed import barrier, local_device
 from src.generation import generate
 from src.modeling import ModelArgs, Transformer
 from src.training import Batch, evaluate, train_step, warmup_cosine
+from src.verification import check_promise, digest, unsharded_weights
 
 from .corpus import Corpus, prepare
 from .report import MetricsLog, ProgressBar, draw_curve
@@ -43,25 +44,36 @@ class Outcome:
         )
 
 
-def set_threads(options: Options) -> None:
-    """Bits depend on the number of intra-op threads: with logical shards fixed it is 1 unless asked otherwise."""
+def fix_bits(group: Group, options: Options, device: torch.device) -> None:
+    """Bits depend on the number of intra-op threads: with logical shards fixed it is 1 unless asked otherwise.
+
+    Raises ValueError where with logical shards fixed the ranks' settings differ or are not deterministic.
+    """
     threads = options.threads or (1 if options.num_shards is not None else None)
     if threads is not None:
         torch.set_num_threads(threads)
+    if options.num_shards is not None:
+        if device.type == "cuda":
+            torch.use_deterministic_algorithms(True)
+        check_promise(group, device)
 
 
 def train(group: Group, options: Options) -> Outcome:
     """Train, validate, save, draw and sample; rank 0 speaks for all."""
     device = local_device(options.device)
+    fix_bits(group, options, device)
     corpus = open_corpus(group, options)
     args = model_args(corpus, options)
-    model = Transformer(args, group=group, seed=options.seed, device=device)
+    model = Transformer(
+        args, group=group, sequence_parallel=options.sequence_parallel, seed=options.seed, device=device
+    )
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=options.weight_decay
     )
     checkpoints = options.out / "checkpoints"
-    start, first_loss = restore(checkpoints, model, optimizer, group, options)
-    run = _Run(group, options, corpus, model, optimizer, device)
+    history = restore(checkpoints, model, optimizer, group, options)
+    start = history.step
+    run = _Run(group, options, corpus, model, optimizer, device, history)
     with ExitStack() as stack:
         log = None
         if group.rank == 0:
@@ -70,12 +82,28 @@ def train(group: Group, options: Options) -> Outcome:
         bar = stack.enter_context(
             ProgressBar(options.steps, run.tokens_per_step, start_step=start, enabled=group.rank == 0)
         )
-        outcome = run.loop(start, first_loss, log, bar)
+        outcome = run.loop(log, bar)
     if group.rank == 0:
         draw_curve(options.out / "metrics.jsonl", options.out / "loss.png")
         print(f"{outcome}\ncurve {options.out / 'loss.png'}, checkpoints in {checkpoints}")
     run.sample()
+    result = digest({"losses": run.history.losses_tensor(), **unsharded_weights(model, group=group)})
+    if group.rank == 0:
+        print(f"digest {result} threads {torch.get_num_threads()}", flush=True)
     return outcome
+
+
+@dataclass
+class History:
+    """What a run remembers of its steps: how many, the validation loss at the start, and every training loss."""
+
+    step: int
+    first_loss: float | None
+    losses: list[float]
+
+    def losses_tensor(self) -> torch.Tensor:
+        """All training losses, which are exact in float64."""
+        return torch.tensor(self.losses, dtype=torch.float64)
 
 
 class _Run:
@@ -89,33 +117,35 @@ class _Run:
         model: Transformer,
         optimizer: torch.optim.Optimizer,
         device: torch.device,
+        history: History,
     ) -> None:
-        self.group, self.options, self.corpus = group, options, corpus
+        self.group, self.options, self.corpus, self.history = group, options, corpus, history
         self.model, self.optimizer, self.device = model, optimizer, device
         self.dtype = getattr(torch, options.dtype)
         self.tokens_per_step = options.batch_size * options.accumulate * options.seq_len
         batches = corpus.validation_batches(options.batch_size, options.seq_len, options.eval_batches)
         self.validation = [self._place(batch) for batch in batches]
 
-    def loop(self, start: int, first_loss: float | None, log: MetricsLog | None, bar: ProgressBar) -> Outcome:
-        """From step ``start`` to the end."""
-        options, seconds = self.options, 0.0
-        loss = self._validate(start, log) if first_loss is None else math.nan
-        first_loss = loss if first_loss is None else first_loss
+    def loop(self, log: MetricsLog | None, bar: ProgressBar) -> Outcome:
+        """From where the history ends to the last step."""
+        options, history, seconds, start = self.options, self.history, 0.0, self.history.step
+        loss = math.nan
+        if history.first_loss is None:
+            history.first_loss = loss = self._validate(start, log)
         for step in range(start, options.steps):
             began = time.perf_counter()
-            train_loss = self._step(step, log)
+            history.losses.append(self._step(step, log))
             seconds += time.perf_counter() - began
-            done = step + 1
-            bar.update(done, train_loss)
-            if done % options.eval_every == 0 or done == options.steps:
-                loss = self._validate(done, log)
-            if done % options.save_every == 0 or done == options.steps:
-                self._save(done, first_loss)
+            history.step = step + 1
+            bar.update(history.step, history.losses[-1])
+            if history.step % options.eval_every == 0 or history.step == options.steps:
+                loss = self._validate(history.step, log)
+            if history.step % options.save_every == 0 or history.step == options.steps:
+                self._save()
         if math.isnan(loss):
             loss = self._validate(options.steps, None)
         speed = (options.steps - start) * self.tokens_per_step / max(seconds, 1e-9)
-        return Outcome(first_loss, loss, self.corpus.bytes_per_token, speed)
+        return Outcome(history.first_loss, loss, self.corpus.bytes_per_token, speed)
 
     def sample(self) -> None:
         """Print what the model makes of the prompt."""
@@ -154,10 +184,10 @@ class _Run:
             log.write(step, "validation", loss=loss, bits_per_byte=loss / math.log(2) / self.corpus.bytes_per_token)
         return loss
 
-    def _save(self, step: int, first_loss: float) -> None:
+    def _save(self) -> None:
         folder = self.options.out / "checkpoints"
-        info = {"step": step, "first_loss": first_loss, "model": asdict(self.model.args)}
-        save(folder / f"step-{step:06d}", self.model, self.optimizer, info, group=self.group)
+        info = {"history": asdict(self.history), "model": asdict(self.model.args)}
+        save(folder / f"step-{self.history.step:06d}", self.model, self.optimizer, info, group=self.group)
         if self.group.rank == 0:
             for old in sorted(folder.glob("step-??????"))[:-KEPT_CHECKPOINTS]:
                 shutil.rmtree(old)
@@ -189,26 +219,26 @@ def model_args(corpus: Corpus, options: Options) -> ModelArgs:
         max_batch_size=options.batch_size,
         pad_vocab=True,
         tie_embeddings=options.tie_embeddings,
+        dropout=options.dropout,
     )
 
 
 def restore(
     checkpoints: Path, model: Transformer, optimizer: torch.optim.Optimizer, group: Group, options: Options
-) -> tuple[int, float | None]:
-    """The step to go on from, and the validation loss that the run began with (None: not known yet).
+) -> History:
+    """What the run has done so far, with model and optimizer as they were then.
 
     Raises ValueError when there is an older run and --resume was not given.
     """
     found = sorted(checkpoints.glob("step-??????"))
     if not found:
-        return 0, None
+        return History(0, None, [])
     if not options.resume:
         raise ValueError(f"{options.out} holds a run already; pass --resume to continue it, or another --out")
-    step = int(read_info(found[-1])["step"])
+    step = int(read_info(found[-1])["history"]["step"])
     if step > options.steps:
         raise ValueError(f"{found[-1]} is at step {step}, beyond --steps {options.steps}; ask for more steps")
-    info = load(found[-1], model, optimizer, group=group)
-    return step, float(info["first_loss"])
+    return History(**load(found[-1], model, optimizer, group=group)["history"])
 
 
 def describe(group: Group, options: Options, args: ModelArgs, corpus: Corpus, start: int, model: Transformer) -> None:

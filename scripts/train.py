@@ -29,6 +29,7 @@ class Options:
     kv_heads: int | None
     multiple_of: int
     tie_embeddings: bool
+    dropout: float
     seq_len: int
     batch_size: int
     accumulate: int
@@ -47,6 +48,7 @@ class Options:
     temperature: float
     simulate: int | None
     num_shards: int | None
+    sequence_parallel: bool
     threads: int | None
     device: str | None
     backend: str | None
@@ -78,6 +80,7 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     model.add_argument("--kv-heads", type=int, default=None, help="key and value heads (as many as --heads)")
     model.add_argument("--multiple-of", type=int, default=128, help="rounds the feed-forward size (%(default)s)")
     model.add_argument("--tie-embeddings", action="store_true", help="the head shares the embedding's table")
+    model.add_argument("--dropout", type=float, default=0.0, help="(%(default)s)")
     model.add_argument("--seq-len", type=int, default=128, help="tokens of a sequence (%(default)s)")
 
     optimizer = parser.add_argument_group("optimizer")
@@ -97,6 +100,7 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     ranks = parser.add_argument_group("ranks")
     ranks.add_argument("--simulate", type=int, default=None, metavar="N", help="run N ranks in this process")
     ranks.add_argument("--num-shards", type=int, default=None, metavar="V", help="logical shards (world size)")
+    ranks.add_argument("--sequence-parallel", action="store_true", help="cut activations along the sequence, too")
     ranks.add_argument("--threads", type=int, default=None, help="intra-op threads of each rank (1 with --num-shards)")
     ranks.add_argument("--device", default=None, help="cpu or cuda (cuda where there is one)")
     ranks.add_argument("--backend", default=None, help="gloo or nccl (nccl on cuda)")
@@ -113,13 +117,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(argv)
     from src import SimulationError, close, init, simulate
 
-    from .job import set_threads, train
+    from .job import train
 
     try:
         if options.simulate is not None:
             simulate(train, options.simulate, options, num_shards=options.num_shards)
             return
-        set_threads(options)
         group = init(device=options.device, backend=options.backend, num_shards=options.num_shards)
         train(group, options)
         close()

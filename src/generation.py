@@ -34,13 +34,12 @@ def generate(
     return _generate(model, prompt, max_new_tokens, temperature, torch.Generator(prompt.device).manual_seed(seed))
 
 
-@torch.no_grad()
 def _generate(
     model: Transformer, tokens: Tensor, max_new_tokens: int, temperature: float, generator: torch.Generator
 ) -> Iterator[Tensor]:
     position = 0
     for _ in range(max_new_tokens):
-        with model.whole_sequences():
+        with model.evaluating(whole_sequences=True):
             logits = model(tokens, position)[:, -1]
         logits = gather_from_region(logits, group=model.group)[:, : model.args.vocab_size]
         position += tokens.shape[1]

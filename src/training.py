@@ -60,7 +60,6 @@ def batch_loss(
     return vocab_parallel_cross_entropy(logits, targets, group=group, vocab_size=model.args.vocab_size)
 
 
-@torch.no_grad()
 def evaluate(
     model: Transformer, batches: Iterable[Batch], *, group: Group, dtype: torch.dtype = torch.float32
 ) -> float:
@@ -68,7 +67,8 @@ def evaluate(
 
     Raises ValueError when there are no batches.
     """
-    losses = [batch_loss(model, ids, targets, group=group, dtype=dtype).item() for ids, targets in batches]
+    with model.evaluating():
+        losses = [batch_loss(model, ids, targets, group=group, dtype=dtype).item() for ids, targets in batches]
     if not losses:
         raise ValueError("evaluate: no batches were given")
     return sum(losses) / len(losses)

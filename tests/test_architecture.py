@@ -40,7 +40,7 @@ FLOORS = {
         {"kernels", "distributed"},
         {"functional"},
         {"modeling"},
-        {"checkpoint", "training", "generation", "testing", "launcher"},
+        {"checkpoint", "training", "generation", "testing", "launcher", "verification"},
         {"__main__"},
     ],
     "distributed": [

@@ -57,3 +57,8 @@ def close() -> None:
         dist.barrier()
         if not isinstance(threading.current_thread(), RankThread):
             dist.destroy_process_group()
+
+
+def cublas_workspace() -> str | None:
+    """The setting on which cuBLAS's determinism rests."""
+    return os.environ.get("CUBLAS_WORKSPACE_CONFIG")

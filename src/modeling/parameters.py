@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
+from ..distributed.collectives import all_gather
 from ..distributed.group import Group
 from ..sharding import shared_range
 
@@ -40,6 +42,14 @@ class Placement:
         return [
             None if shard % self.replicas else views[shard // self.replicas - pieces.start] for shard in group.shards
         ]
+
+    def whole(self, tensor: Tensor, group: Group) -> Tensor:
+        """The unsharded ``tensor``, without padding or replicas, on every rank. Called by all ranks."""
+        if self.dim is None:
+            return tensor
+        sharers = max(self.replicas // len(group.shards), 1)
+        parts = all_gather(tensor, group=group, dim=self.dim).chunk(group.world_size, self.dim)
+        return torch.cat(parts[::sharers], self.dim).narrow(self.dim, 0, self.size)
 
     def _piece_length(self, pieces: int) -> int:
         return self.parameter.shape[self.dim or 0] // pieces

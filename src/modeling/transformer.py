@@ -81,14 +81,21 @@ class Transformer(nn.Module):
                 reset()
 
     @contextmanager
-    def whole_sequences(self) -> Iterator[None]:
-        """Turn sequence parallelism off for a while, as for decoding, whose steps are too short to cut."""
-        cut: list[Any] = [module for module in self.modules() if getattr(module, "sequence_parallel", False)]
+    def evaluating(self, whole_sequences: bool = False) -> Iterator[None]:
+        """Evaluation mode and no gradients for a while.
+
+        ``whole_sequences`` turns sequence parallelism off meanwhile, as for decoding, whose steps are too short to cut.
+        """
+        training = self.training
+        self.eval()
+        cut: list[Any] = [m for m in self.modules() if whole_sequences and getattr(m, "sequence_parallel", False)]
         for module in cut:
             module.sequence_parallel = False
         try:
-            yield
+            with torch.no_grad():
+                yield
         finally:
+            self.train(training)
             for module in cut:
                 module.sequence_parallel = True
 
