@@ -49,8 +49,10 @@ def test_a_run_learns_and_leaves_everything(
 
 
 @pytest.mark.parametrize("ways", [("1", "1"), ("4", "2")], ids=["same size", "other size"])
-def test_resuming_continues_the_same_run(tmp_path: Path, arguments: list[str], ways: tuple[str, str]) -> None:
-    shards = ["--num-shards", "4", "--warmup", "2"]
+def test_resuming_continues_the_same_run(
+    tmp_path: Path, arguments: list[str], ways: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = ["--num-shards", "4", "--warmup", "2", "--dropout", "0.1", "--sequence-parallel"]
     main([*arguments, *shards, "--simulate", "2", "--steps", "8", "--out", str(tmp_path / "whole")])
     main([*arguments, *shards, "--simulate", ways[0], "--steps", "8", "--save-every", "5", "--resume"])
     newest = tmp_path / "run" / "checkpoints" / "step-000008"
@@ -59,6 +61,8 @@ def test_resuming_continues_the_same_run(tmp_path: Path, arguments: list[str], w
     assert newest.exists()
     for kind in ("train", "validation"):
         assert metrics(tmp_path / "run", kind) == metrics(tmp_path / "whole", kind)
+    whole, _, resumed = re.findall(r"^digest ([0-9a-f]{64}) threads 1$", capsys.readouterr().out, re.MULTILINE)
+    assert resumed == whole
 
 
 def test_torchrun_gives_the_bits_of_simulation(tmp_path: Path, arguments: list[str]) -> None:
@@ -90,6 +94,18 @@ def test_bad_input_ends_with_one_sentence(tmp_path: Path, arguments: list[str], 
     damaged = tmp_path / "run" / "checkpoints" / "step-000002" / ".metadata"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     assert "is damaged: .metadata" in error("--resume")
+
+
+def test_the_digest_is_the_last_line_and_the_same_at_every_size(
+    tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = []
+    for n in (1, 2, 8):
+        main(
+            [*arguments, "--num-shards", "8", "--simulate", str(n), "--steps", "3", "--out", str(tmp_path / f"run{n}")]
+        )
+        last.append(capsys.readouterr().out.splitlines()[-1])
+    assert re.fullmatch(r"digest [0-9a-f]{64} threads 1", last[0]) and len(set(last)) == 1
 
 
 def test_options_that_make_no_sense(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
