@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import pickle
+import random
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from src import simulate
 from src.testing import RankPool
@@ -21,6 +28,39 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def deadline() -> Iterator[None]:
+    """Ends a test whose ranks wait for ever: the error reaches ``simulate`` like Ctrl-C does."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError("simulated ranks hang")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(180)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def process_state() -> dict[str, Any]:
+    return {
+        "random": pickle.dumps((torch.get_rng_state().numpy(), np.random.get_state(), random.getstate())),
+        "threads": torch.get_num_threads(),
+        "dtype": torch.get_default_dtype(),
+        "hook": sys.excepthook,
+        "default group": dist.is_initialized(),
+        "ranks alive": [t.name for t in threading.enumerate() if t.name.startswith("simulated rank")],
+    }
+
+
+@pytest.fixture
+def left_as_found() -> Iterator[None]:
+    """A test that asks for this must leave the process as it was, whatever went wrong inside."""
+    before = process_state()
+    yield
+    assert process_state() == before
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,6 @@ from src.distributed import (
 
 from .conftest import OnRanks
 from .places import places
-from .test_simulation import deadline  # noqa: F401
 
 Collective = Callable[..., Tensor]
 Want = Callable[[list[Tensor], int], Tensor]

@@ -17,7 +17,6 @@ from src.distributed.group import as_group, group_or_single
 
 from .conftest import OnRanks
 from .places import places
-from .test_simulation import deadline  # noqa: F401
 
 Facts = tuple[int, int, int, str]
 

@@ -15,7 +15,6 @@ from src.distributed.collectives import GATHER_BYTES
 from src.distributed.reduction import ring_sum, tree_sum
 
 from .conftest import OnRanks
-from .test_simulation import deadline  # noqa: F401
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [*range(1, 71), 1000, 2**16 + 3, 1_000_003]

@@ -66,10 +66,8 @@ def test_failures_name_the_rank_and_the_next_run_starts_anew() -> None:
         processes = pool.run(process)
         assert processes == pool.run(process) and len(set(processes)) == 2
         pool.timeout = 0.5
-        start = time.monotonic()
         with pytest.raises(TimeoutError, match=r"ranks \[1\] did not answer within 0.5 s"):
             pool.run(sleep_on_one)
-        assert time.monotonic() - start < 5
         assert not any(is_alive(process) for process in processes)
     finally:
         pool.close()
