@@ -14,7 +14,17 @@ from torch import Tensor
 
 from src import Group
 from src.distributed import gather_from_region
-from src.modeling import ModelArgs, Transformer, vocab_parallel_cross_entropy
+from src.functional import causal_mask
+from src.modeling import (
+    Attention,
+    FeedForward,
+    LMHead,
+    ModelArgs,
+    Transformer,
+    TransformerBlock,
+    precompute_freqs_cis,
+    vocab_parallel_cross_entropy,
+)
 from src.modeling.parameters import placements
 from src.training import clip_grad_norm_
 
@@ -59,7 +69,7 @@ def train(group: Group, args: ModelArgs, sequence_parallel: bool, dtype: torch.d
     return found | share(model, group, "weight", lambda p: p.detach())
 
 
-def share(model: Transformer, group: Group, kind: str, value: Any) -> dict[str, Any]:
+def share(model: torch.nn.Module, group: Group, kind: str, value: Any) -> dict[str, Any]:
     return {
         f"{kind} of {place.name}": (place.dim, place.offset(group), place.size, value(place.parameter).clone())
         for place in placements(model, group=group)
@@ -83,6 +93,36 @@ def whole(ranks: list[dict[str, Any]]) -> dict[str, Tensor]:
             assert all(torch.equal(copy, copies[0]) for copy in copies), name
             out[name] = copies[0]
     return out
+
+
+def layer(group: Group, kind: str, dtype: torch.dtype) -> dict[str, Any]:
+    """This rank's share of one layer's output and gradients."""
+    place: dict[str, Any] = {"group": group, "dtype": dtype}
+    x = torch.randn(3, 24, 64, dtype=dtype, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    args = replace(DENSE, n_kv_heads=2)
+    if kind == "attention":
+        module: torch.nn.Module = Attention(args, **place)
+        y = module(x, 0, precompute_freqs_cis(8, 24), causal_mask(24, dtype=dtype, device=x.device))
+    elif kind == "block":
+        module = TransformerBlock(0, args, **place)
+        y = module(x, 0, precompute_freqs_cis(8, 24))
+    elif kind == "feed forward":
+        module = FeedForward(64, 256, 32, **place)
+        y = module(x)
+    else:
+        module = LMHead(64, 89, pad_vocab=True, **place)
+        y = gather_from_region(module(x), group=group)
+    y.backward(torch.randn(y.shape, dtype=dtype, generator=torch.Generator().manual_seed(1)))
+    return {"y": y.detach(), "x": x.grad, **share(module, group, "gradient", lambda p: p.grad)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["attention", "feed forward", "block", "head"])
+def test_layers_have_the_same_bits_at_every_size(on_ranks: OnRanks, kind: str, dtype: torch.dtype) -> None:
+    want = whole(on_ranks(("simulated", 1), layer, kind, dtype, num_shards=SHARDS))
+    for place in [("simulated", 2), ("simulated", 4), ("simulated", 8), ("gloo", 2)]:
+        got = whole(on_ranks(place, layer, kind, dtype, num_shards=SHARDS))
+        assert [name for name in want if not torch.equal(got[name], want[name])] == [], place
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
