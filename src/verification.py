@@ -52,6 +52,36 @@ def first_difference(name: str, want: Tensor, got: Tensor) -> str | None:
     return f"{name}{list(at)} is {b!r} instead of {a!r}, off by {abs(a - b):.3g} ({count} of {want.numel()} differ)"
 
 
+def audit_gradients(model: nn.Module, *, group: Group) -> list[str]:
+    """One sentence for each parameter, or gradient, of which ranks that must hold it alike do not; called by all ranks.
+
+    Replicated parameters, and shared kv heads on the ranks that share them, must be equal bit for bit after every
+    backward pass. Where a gradient is not, a reduction was forgotten: ``copy_to_region`` on the way into sharded
+    computation, or the sum of norm gradients over the sequence under sequence parallelism.
+    """
+    own = [
+        (
+            place.name,
+            what,
+            0 if place.dim is None else place.offset(group),
+            None if value is None else digest({"": value}),
+        )
+        for place in placements(model, group=group)
+        if place.dim is None or place.replicas > 1
+        for what, value in (("value", place.parameter), ("gradient", place.parameter.grad))
+    ]
+    findings = []
+    for reports in zip(*_from_everyone(own, group), strict=True):
+        holders: dict[int, dict[str | None, list[int]]] = {}
+        for rank, (_, _, offset, content) in enumerate(reports):
+            holders.setdefault(offset, {}).setdefault(content, []).append(rank)
+        name, what, *_ = reports[0]
+        for versions in holders.values():
+            if len(versions) > 1:
+                findings.append(f"{what} of {name} differs between ranks {' and '.join(map(str, versions.values()))}")
+    return findings
+
+
 def check_promise(group: Group, device: torch.device) -> None:
     """Raise ValueError where a setting would break the promise of same bits, naming setting, values and ranks.
 
@@ -59,9 +89,7 @@ def check_promise(group: Group, device: torch.device) -> None:
     kind of GPU, and nondeterministic kernels must be ruled out. Called by all ranks.
     """
     own = _settings(device)
-    everyone: list[dict[str, Any]] = [own] * group.world_size
-    if group.world_size > 1:
-        dist.all_gather_object(everyone, own, group=group.pg)
+    everyone = _from_everyone(own, group)
     for name in own:
         values = [settings[name] for settings in everyone]
         other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
@@ -72,6 +100,13 @@ def check_promise(group: Group, device: torch.device) -> None:
             )
     if device.type == "cuda":
         _check_cuda()
+
+
+def _from_everyone(own: Any, group: Group) -> list[Any]:
+    everyone = [own] * group.world_size
+    if group.world_size > 1:
+        dist.all_gather_object(everyone, own, group=group.pg)
+    return everyone
 
 
 def _settings(device: torch.device) -> dict[str, Any]:

@@ -13,8 +13,15 @@ from torch import Tensor
 from scripts import corpus
 from scripts.verify import main
 from src import Group, SimulationError, simulate
-from src.modeling import ModelArgs, Transformer
-from src.verification import check_promise, digest, first_difference, unsharded_gradients, unsharded_weights
+from src.modeling import ModelArgs, Transformer, vocab_parallel_cross_entropy
+from src.verification import (
+    audit_gradients,
+    check_promise,
+    digest,
+    first_difference,
+    unsharded_gradients,
+    unsharded_weights,
+)
 
 from .conftest import OnRanks
 from .places import places
@@ -58,6 +65,47 @@ def test_first_difference_names_element_and_size() -> None:
     assert first_difference("t", want, want.double()) == "t: torch.float64 [2, 3] instead of torch.float32 [2, 3]"
     nan = torch.tensor([float("nan")])
     assert first_difference("t", nan, nan.clone()) is None
+
+
+def audited(group: Group, sequence_parallel: bool) -> list[str]:
+    model = Transformer(ARGS, group=group, sequence_parallel=sequence_parallel)
+    logits = model(torch.arange(32).view(2, 16))
+    vocab_parallel_cross_entropy(logits, torch.arange(32).view(2, 16), group=group, vocab_size=51).backward()
+    return audit_gradients(model, group=group)
+
+
+@places(simulated=(1, 4, 8))
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_audit_of_a_sound_model(place: Any, on_ranks: OnRanks, sequence_parallel: bool) -> None:
+    assert on_ranks(place, audited, sequence_parallel) == [[]] * place[1]
+
+
+def test_audit_names_norms_whose_gradients_nobody_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("src.modeling.norm.copy_to_shards", lambda x, group: [x] * len(group.shards))
+    findings = simulate(audited, 2, True)
+    norms = ["layers.0.attention_norm", "layers.0.ffn_norm", "norm"]
+    want = {f"gradient of {norm}.weight differs between ranks [0] and [1]" for norm in norms}
+    assert [set(found) for found in findings] == [want] * 2
+
+
+def test_audit_names_a_forgotten_copy_to_region(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("src.modeling.mlp.copy_to_shards", lambda x, group: [x] * len(group.shards))
+    assert (
+        "gradient of layers.0.ffn_norm.weight differs between ranks [0] and [1] and [2] and [3]"
+        in simulate(audited, 4, False)[0]
+    )
+
+
+def untied_replicas(group: Group) -> list[str]:
+    model = Transformer(ARGS, group=group)
+    with torch.no_grad():
+        model.layers[0].attention.wk.weight[0, 0] += group.rank == 3
+    return audit_gradients(model, group=group)
+
+
+def test_audit_compares_shared_heads_among_those_that_share_them() -> None:
+    (finding,) = simulate(untied_replicas, 8)[0]
+    assert finding == "value of layers.0.attention.wk.weight differs between ranks [0, 1, 2] and [3]"
 
 
 def uneven_threads(group: Group) -> None:
@@ -133,9 +181,7 @@ def test_verify_names_the_first_difference(
     with pytest.raises(SystemExit, match=r"NOT the same bits: 1 run\(s\) differ"):
         main([*arguments, "--gloo", ""])
     shown = capsys.readouterr().out
-    assert re.search(
-        r"first difference from the first row: step 0 logits\[\d, \d+, \d+\] is \S+ instead of \S+,", shown
-    )
+    assert re.search(r"first difference from the first row: step 0 logits\[\d, \d+, \d+\] is \S+ instead of \S+,")
 
 
 def test_fast_mode_shows_the_drift(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,7 +189,8 @@ def test_fast_mode_shows_the_drift(arguments: list[str], capsys: pytest.CaptureF
     shown = capsys.readouterr().out
     assert re.search(r"largest difference: \S+ in losses, \S+ in weights", shown)
     simulated, real = (
-        re.search(rf"^fast +{place} +2 +(.*) +\S+$", shown, re.MULTILINE) for place in ("simulated", "gloo")
+        re.search(rf"^fast +{place} +2 +(\w+ \w+ \w+ \w+) +\S+$", shown, re.MULTILINE)
+        for place in ("simulated", "gloo")
     )
     assert simulated and real and simulated[1] == real[1]
 

@@ -28,7 +28,9 @@ class Placement:
     replicas: int
 
     def offset(self, group: Group) -> int:
-        """Where this rank's slice begins in the whole."""
+        """Where this rank's slice begins in the whole: 0 for a replicated parameter."""
+        if self.dim is None:
+            return 0
         pieces = shared_range(group.shards, self.replicas)
         return pieces.start * self._piece_length(len(pieces))
 
