@@ -188,10 +188,8 @@ def test_fast_mode_shows_the_drift(arguments: list[str], capsys: pytest.CaptureF
     main([*arguments, "--gloo", "2", "--mode", "fast"])
     shown = capsys.readouterr().out
     assert re.search(r"largest difference: \S+ in losses, \S+ in weights", shown)
-    simulated, real = (
-        re.search(rf"^fast +{place} +2 +(\w+ \w+ \w+ \w+) +\S+$", shown, re.MULTILINE)
-        for place in ("simulated", "gloo")
-    )
+    row = r"^fast +{} +2 +(\w+ \w+ \w+ \w+) +\S+$"
+    simulated, real = (re.search(row.format(place), shown, re.MULTILINE) for place in ("simulated", "gloo"))
     assert simulated and real and simulated[1] == real[1]
 
 
