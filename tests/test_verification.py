@@ -181,7 +181,8 @@ def test_verify_names_the_first_difference(
     with pytest.raises(SystemExit, match=r"NOT the same bits: 1 run\(s\) differ"):
         main([*arguments, "--gloo", ""])
     shown = capsys.readouterr().out
-    assert re.search(r"first difference from the first row: step 0 logits\[\d, \d+, \d+\] is \S+ instead of \S+,")
+    message = r"first difference from the first row: step 0 logits\[\d, \d+, \d+\] is \S+ instead of \S+,"
+    assert re.search(message, shown)
 
 
 def test_fast_mode_shows_the_drift(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
