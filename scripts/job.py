@@ -150,8 +150,8 @@ class _Run:
     def sample(self) -> None:
         """Print what the model makes of the prompt."""
         options, tokenizer = self.options, self.corpus.tokenizer
-        ids = torch.tensor([tokenizer.encode(options.prompt).ids], device=self.device)
-        count = min(options.new_tokens, options.seq_len - ids.shape[1])
+        count = min(options.new_tokens, options.seq_len - 1)
+        ids = torch.tensor([tokenizer.encode(options.prompt).ids[count - options.seq_len :]], device=self.device)
         tokens = generate(self.model, ids, count, temperature=options.temperature, seed=options.seed)
         text = tokenizer.decode([*ids[0].tolist(), *(int(token) for token in tokens)])
         if self.group.rank == 0:
@@ -197,13 +197,17 @@ class _Run:
 
 
 def open_corpus(group: Group, options: Options) -> Corpus:
-    """Rank 0 prepares the text, which may take a while the first time; the others then find it prepared."""
+    """Rank 0 prepares the text, which may take a while the first time; the others then find it prepared.
+
+    What is wrong with the text is found by every rank, so that none is left waiting.
+    """
     if group.rank > 0:
         barrier(group)
-    corpus = prepare(options.cache, options.vocab_size, options.data)
-    if group.rank == 0:
-        barrier(group)
-    return corpus
+    try:
+        return prepare(options.cache, options.vocab_size, options.data)
+    finally:
+        if group.rank == 0:
+            barrier(group)
 
 
 def model_args(corpus: Corpus, options: Options) -> ModelArgs:

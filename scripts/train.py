@@ -109,6 +109,8 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     for name in ("steps", "eval_every", "eval_batches", "save_every", "layers", "seq_len", "batch_size", "accumulate"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(arguments, name)}")
+    if not arguments.prompt:
+        parser.error("--prompt must not be empty")
     return Options(**vars(arguments))
 
 

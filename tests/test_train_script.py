@@ -108,7 +108,18 @@ def test_the_digest_is_the_last_line_and_the_same_at_every_size(
     assert re.fullmatch(r"digest [0-9a-f]{64} threads 1", last[0]) and len(set(last)) == 1
 
 
-def test_options_that_make_no_sense(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "option, message",
+    [(["--steps", "0"], "--steps must be at least 1, not 0"), (["--prompt", ""], "--prompt must not be empty")],
+)
+def test_options_that_make_no_sense(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], option: list[str], message: str
+) -> None:
     with pytest.raises(SystemExit):
-        main([*arguments, "--steps", "0"])
-    assert "--steps must be at least 1, not 0" in capsys.readouterr().err
+        main([*arguments, *option])
+    assert message in capsys.readouterr().err
+
+
+def test_a_prompt_longer_than_the_model_sees(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    main([*arguments, "--steps", "1", "--prompt", "def f(x): return x\n" * 20, "--new-tokens", "99"])
+    assert "sample, 23 tokens after the prompt" in capsys.readouterr().out
