@@ -234,7 +234,7 @@ def test_errors_of_the_inputs() -> None:
         module(x[:, :2], 3, freqs(3, 2), causal(0, 2))
     with pytest.raises(ValueError, match=r"start_pos=-1 must not be negative"):
         module(x, -1, freqs())
-    with pytest.raises(ValueError, match=r"Attention expects 3 dims, got a tensor of shape \[12, 32\]"):
+    with pytest.raises(ValueError, match=r"Attention expects \[b, s, 32\], got a tensor of shape \[12, 32\]"):
         module(x[0], 0, freqs())
     with pytest.raises(ValueError, match=r"Attention expects a last dim of 32, got a tensor of shape \[2, 12, 31\]"):
         module(x[..., :31], 0, freqs())

@@ -1,127 +1,258 @@
-"""Sequence parallelism: the model without it is the reference."""
+"""Sequence parallelism: the results of the mode off, other collectives, and gradients that are summed all the same."""
 
 from __future__ import annotations
 
-from collections import Counter
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from src import Group, Ledger, SimulationError
-from src.distributed import gather_from_region
 from src.generation import generate
-from src.modeling import ModelArgs, ParallelVocabEmbedding, RowParallelLinear, Transformer, vocab_parallel_cross_entropy
-from src.training import evaluate
-from src.verification import audit_gradients, unsharded_gradients
+from src.modeling import (
+    ColumnParallelLinear,
+    FeedForward,
+    LMHead,
+    ModelArgs,
+    ParallelVocabEmbedding,
+    RMSNorm,
+    RowParallelLinear,
+    Transformer,
+    TransformerBlock,
+    precompute_freqs_cis,
+    vocab_parallel_cross_entropy,
+)
+from src.verification import unsharded_gradients
 
 from .conftest import OnRanks
 from .places import places
+from .test_block import draw_norms
 
-ARGS = ModelArgs(dim=32, n_layers=2, n_heads=8, vocab_size=40, multiple_of=32, max_seq_len=16, max_batch_size=2)
-IDS = torch.randint(0, 40, (2, 17), generator=torch.Generator().manual_seed(0))
+LENGTH, DIM = 16, 32
+ARGS = ModelArgs(
+    dim=DIM, n_layers=2, n_heads=8, n_kv_heads=4, vocab_size=51, multiple_of=32, max_seq_len=16, pad_vocab=True
+)
+IDS, TARGETS = torch.randint(0, 51, (2, 3, LENGTH), generator=torch.Generator().manual_seed(0))
 
 
-def train(group: Group, sequence_parallel: bool) -> tuple[Tensor, dict[str, Tensor], list[str]]:
-    model = Transformer(ARGS, group=group, sequence_parallel=sequence_parallel)
-    loss = vocab_parallel_cross_entropy(model(IDS[:, :-1]), IDS[:, 1:], group=group)
+def numbers(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def cut(x: Tensor, dim: int | None, group: Group) -> Tensor:
+    return x if dim is None else x.chunk(group.world_size, dim)[group.rank].contiguous()
+
+
+def transformer(group: Group, sequence_parallel: bool, dtype: torch.dtype = torch.float32) -> Transformer:
+    model = Transformer(ARGS, group=group, sequence_parallel=sequence_parallel, dtype=dtype)
+    draw_norms(model)
+    return model
+
+
+def trained(group: Group, dtype: torch.dtype, sequence_parallel: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Loss and whole gradients; and the norms' gradients as this rank has them."""
+    model = transformer(group, sequence_parallel, dtype)
+    loss = vocab_parallel_cross_entropy(model(IDS), TARGETS, group=group, vocab_size=51)
     loss.backward()
-    return loss.detach(), unsharded_gradients(model, group=group), audit_gradients(model, group=group)
+    norms = {name: p.grad for name, p in model.named_parameters() if "norm" in name}
+    return {"loss": loss.detach()} | unsharded_gradients(model, group=group), norms
 
 
 @places()
 @pytest.mark.parametrize("num_shards", [None, 8])
-def test_loss_and_gradients_are_those_without(place: Any, on_ranks: OnRanks, num_shards: int | None) -> None:
-    plain = on_ranks(place, train, False, num_shards=num_shards)
-    for (loss, grads, findings), (want_loss, want, _) in zip(
-        on_ranks(place, train, True, num_shards=num_shards), plain, strict=True
-    ):
-        assert findings == []
-        torch.testing.assert_close(loss, want_loss, rtol=1e-6, atol=0)
-        for name in want:
-            torch.testing.assert_close(grads[name], want[name], rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+def test_loss_and_gradients_are_those_of_the_mode_off(
+    place: Any, on_ranks: OnRanks, num_shards: int | None, dtype: torch.dtype, tolerance: float
+) -> None:
+    (want, _), *_ = on_ranks(place, trained, dtype, False, num_shards=num_shards)
+    results = on_ranks(place, trained, dtype, True, num_shards=num_shards)
+    _, norms = results[0]
+    assert len(norms) == 2 * ARGS.n_layers + 1 and all(gradient.any() for gradient in norms.values())
+    for got, own_norms in results:
+        torch.testing.assert_close(got, want, rtol=100 * tolerance, atol=tolerance)
+        assert [name for name in norms if not torch.equal(own_norms[name], norms[name])] == []
 
 
-def sent(group: Group) -> Counter[tuple[str, str]]:
-    model = Transformer(ARGS, group=group, sequence_parallel=True)
+def sent_by_block(group: Group) -> list[tuple[str, str, tuple[int, ...]]]:
+    block = TransformerBlock(0, ARGS, group=group, sequence_parallel=True)
+    x = cut(numbers(0, 3, LENGTH, DIM), 1, group).requires_grad_()
     with Ledger() as ledger:
-        model(IDS[:, :-1]).sum().backward()
-    return Counter((record.op, record.phase) for record in ledger.records)
+        block(x, 0, precompute_freqs_cis(DIM // 8, LENGTH)).sum().backward()
+    return [(record.op, record.phase, record.shape) for record in ledger.records]
 
 
+@places(simulated=(2, 4))
 @pytest.mark.parametrize("num_shards", [None, 8])
-def test_every_all_reduce_becomes_a_reduce_scatter_and_an_all_gather(on_ranks: OnRanks, num_shards: int | None) -> None:
-    layers, norms = ARGS.n_layers, 2 * ARGS.n_layers + 1
-    want = {
-        ("reduce_scatter", "forward"): 2 * layers + 1,  # the embedding, too
-        ("all_gather", "forward"): 2 * layers + 1,  # the head, too
-        ("reduce_scatter", "backward"): 2 * layers + 1,
-        ("all_gather", "backward"): 2 * layers + 1,
-        ("all_reduce", "backward"): norms,  # of their weights' gradients
+def test_what_a_block_sends(place: Any, on_ranks: OnRanks, num_shards: int | None) -> None:
+    """Activations by two gathers and two scatters each way. The only all-reduces are those of the norms' gradients."""
+    whole, cut = (3, LENGTH, DIM), (3, LENGTH // place[1], DIM)
+    way = [("all_gather", cut), ("reduce_scatter", whole)] * 2
+    for records in on_ranks(place, sent_by_block, num_shards=num_shards):
+        assert [(op, shape) for op, phase, shape in records if phase == "forward"] == way
+        backward = [(op, shape) for op, phase, shape in records if phase == "backward"]
+        assert [record for record in backward if record[0] != "all_reduce"] == way
+        assert [shape for op, shape in backward if op == "all_reduce"] == [(DIM,)] * 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer, the shapes of its whole input and output, and the sharded dim of either (None: replicated)."""
+
+    build: Callable[..., nn.Module]
+    input: tuple[int, ...]
+    in_dim: int | None
+    output: tuple[int, ...]
+    out_dim: int | None
+
+
+def embedding(group: Group, sequence_parallel: bool) -> nn.Module:
+    return ParallelVocabEmbedding(48, DIM, process_group=group, sequence_parallel=sequence_parallel)
+
+
+NARROW, WIDE = (3, LENGTH, DIM), (3, LENGTH, 48)
+CASES = {
+    "column": Case(partial(ColumnParallelLinear, DIM, 48), NARROW, 1, WIDE, 2),
+    "gathered column": Case(partial(ColumnParallelLinear, DIM, 48, gather_output=True), NARROW, 1, WIDE, None),
+    "row": Case(partial(RowParallelLinear, 48, DIM), WIDE, 2, NARROW, 1),
+    "cutting row": Case(partial(RowParallelLinear, 48, DIM, input_is_parallel=False), WIDE, None, NARROW, 1),
+    "norm": Case(partial(RMSNorm, DIM), NARROW, 1, NARROW, 1),
+    "head": Case(partial(LMHead, DIM, 48), NARROW, 1, WIDE, 2),
+    "embedding": Case(embedding, (3, LENGTH), None, NARROW, 1),
+}
+
+
+def example(kind: str) -> Tensor:
+    return IDS % 48 if kind == "embedding" else numbers(0, *CASES[kind].input)
+
+
+def run_layer(group: Group, kind: str) -> dict[str, tuple[int | None, Tensor]]:
+    """Values and gradients of this rank, each with its sharded dim."""
+    case = CASES[kind]
+    module = case.build(group=group, sequence_parallel=True)
+    dims = module.shard_dims() if hasattr(module, "shard_dims") else {}
+    x = cut(example(kind), case.in_dim, group)
+    y = module(x.requires_grad_(x.is_floating_point()))
+    y.backward(cut(numbers(1, *case.output), case.out_dim, group))
+    out = {"y": (case.out_dim, y.detach())} | ({"x.grad": (case.in_dim, x.grad)} if x.requires_grad else {})
+    for name, parameter in module.named_parameters():
+        out |= {name: (dims.get(name), parameter.detach()), f"{name}.grad": (dims.get(name), parameter.grad)}
+    return out
+
+
+def reference(kind: str, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+    x, leaves = example(kind), {"weight": weight.double().requires_grad_()}
+    if kind != "embedding":
+        x = leaves["x"] = x.double().requires_grad_()
+    if bias is not None:
+        leaves["bias"] = bias.double().requires_grad_()
+    if kind == "embedding":
+        y = F.embedding(x, leaves["weight"])
+    elif kind == "norm":
+        y = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * leaves["weight"]
+    else:
+        y = F.linear(x, leaves["weight"], leaves.get("bias"))
+    y.backward(numbers(1, *CASES[kind].output).double())
+    return {"y": y.detach()} | {f"{name}.grad": leaf.grad for name, leaf in leaves.items()}
+
+
+@places()
+@pytest.mark.parametrize("num_shards", [None, 8])
+@pytest.mark.parametrize("kind", CASES)
+def test_layers(place: Any, on_ranks: OnRanks, num_shards: int | None, kind: str) -> None:
+    results, got = on_ranks(place, run_layer, kind, num_shards=num_shards), {}
+    for name, (dim, first) in results[0].items():
+        parts = [result[name][1] for result in results]
+        assert dim is not None or all(torch.equal(value, first) for value in parts), name
+        got[name] = first if dim is None else torch.cat(parts, dim)
+    want = reference(kind, got.pop("weight"), got.pop("bias", None))
+    assert want.keys() == got.keys()
+    for name in want:
+        torch.testing.assert_close(got[name].double(), want[name], rtol=1e-5, atol=1e-5, msg=f"{kind} {name}")
+
+
+def generated(group: Group, sequence_parallel: bool) -> tuple[Tensor, Tensor]:
+    """Greedy text of a prompt that no group can cut, and the loss of whole sequences afterwards."""
+    model = transformer(group, sequence_parallel)
+    before = flags(model)
+    text = torch.stack(list(generate(model, IDS[:, :5], 9)), 1)
+    assert flags(model) == before
+    return text, vocab_parallel_cross_entropy(model(IDS), TARGETS, group=group, vocab_size=51).detach()
+
+
+def flags(model: Transformer) -> dict[str, bool]:
+    return {
+        name: module.sequence_parallel for name, module in model.named_modules() if hasattr(module, "sequence_parallel")
     }
-    assert on_ranks(("simulated", 4), sent, num_shards=num_shards) == [want] * 4
 
 
-def row(group: Group) -> tuple[Tensor, Tensor, Tensor]:
-    layer = RowParallelLinear(16, 8, group=group, sequence_parallel=True)
-    x = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0)).chunk(group.world_size, -1)[group.rank]
-    y = layer(x)
-    grad = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(1))
-    y.backward(grad.chunk(group.world_size, 1)[group.rank].contiguous())
-    return gather_from_region(y.detach(), group=group, dim=1), layer.bias.detach(), layer.bias.grad
+@places()
+@pytest.mark.parametrize("num_shards", [None, 8])
+def test_generation_is_that_of_the_mode_off(place: Any, on_ranks: OnRanks, num_shards: int | None) -> None:
+    (want, loss), *_ = on_ranks(place, generated, False, num_shards=num_shards)
+    assert len(want.unique()) > 3
+    for text, later in on_ranks(place, generated, True, num_shards=num_shards):
+        assert torch.equal(text, want)
+        torch.testing.assert_close(later, loss, rtol=1e-6, atol=0)
 
 
-@places(simulated=(1, 2, 4))
-def test_bias_of_a_row_parallel_linear(place: Any, on_ranks: OnRanks) -> None:
-    grad = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(1)).double()
-    want = on_ranks(("simulated", 1), row, num_shards=4)[0]
-    for y, bias, bias_grad in on_ranks(place, row, num_shards=4):
-        assert torch.equal(y, want[0]) and torch.equal(bias, want[1]) and torch.equal(bias_grad, want[2])
-        torch.testing.assert_close(bias_grad.double(), grad.sum((0, 1)), rtol=1e-5, atol=1e-5)
+def interrupted(group: Group) -> None:
+    model = transformer(group, sequence_parallel=True)
+    before = flags(model)
+    assert any(before.values()) and not before["layers.0.attention.wq"]
+    with pytest.raises(KeyboardInterrupt), model.evaluating(whole_sequences=True):
+        assert not any(flags(model).values())
+        assert not model.training and not torch.is_grad_enabled()
+        raise KeyboardInterrupt
+    assert flags(model) == before and model.training and torch.is_grad_enabled()
+    with model.evaluating():
+        assert flags(model) == before and not model.training
 
 
-def lookup(group: Group) -> Tensor:
-    layer = ParallelVocabEmbedding(40, 8, process_group=group, num_shards=4, sequence_parallel=True)
-    return gather_from_region(layer(IDS[:, :16]).detach(), group=group, dim=1)
+def test_whole_sequences_end_with_the_block_also_after_an_exception(on_ranks: OnRanks) -> None:
+    on_ranks(("simulated", 2), interrupted)
 
 
-@places(simulated=(1, 2, 4))
-def test_embedding_gives_each_rank_its_part(place: Any, on_ranks: OnRanks) -> None:
-    whole = ParallelVocabEmbedding(40, 8, process_group=Group.single(4))(IDS[:, :16])
-    assert all(torch.equal(got, whole) for got in on_ranks(place, lookup, num_shards=4))
+LAYERS: dict[str, Callable[..., nn.Module]] = {
+    "model": partial(Transformer, ARGS),
+    "feed forward": partial(FeedForward, DIM, 4 * DIM, 32),
+    "column": partial(ColumnParallelLinear, DIM, 48),
+    "row": partial(RowParallelLinear, DIM, 48, bias=False, input_is_parallel=False),
+    "embedding": embedding,
+    "norm": partial(RMSNorm, DIM),
+}
 
 
-def test_generation_and_evaluation(on_ranks: OnRanks) -> None:
-    tokens, loss = on_ranks(("simulated", 2), generated, False)[0]
-    for got_tokens, got_loss in on_ranks(("simulated", 2), generated, True):
-        assert torch.equal(got_tokens, tokens)
-        assert got_loss == pytest.approx(loss, rel=1e-6)
+def apply(group: Group, kind: str, shape: tuple[int, ...]) -> None:
+    ids = kind in ("model", "embedding")
+    LAYERS[kind](group=group, sequence_parallel=True)(torch.zeros(shape, dtype=torch.long if ids else torch.float32))
 
 
-def generated(group: Group, sequence_parallel: bool) -> tuple[Tensor, float]:
-    model = Transformer(ARGS, group=group, sequence_parallel=sequence_parallel)
-    tokens = torch.stack(list(generate(model, IDS[:, :5], 8)))
-    return tokens, evaluate(model, [(IDS[:, :-1], IDS[:, 1:])], group=group)
+@pytest.mark.parametrize(
+    "kind, shape, num_shards, message",
+    [
+        ("model", (1, 12), 8, "sequence_parallel: num_shards=8 must divide the sequence length 12"),
+        ("model", (1, 7), None, "sequence_parallel: num_shards=2 must divide the sequence length 7"),
+        ("row", (1, 7, DIM), None, "size 7 of dim 1 is not divisible by world_size=2"),
+        ("embedding", (1, 7), None, "size 7 of dim 1 is not divisible by world_size=2"),
+        ("norm", (1, 6, DIM), 8, "size 6 of dim 1 cannot be split into 4 logical shards"),
+    ],
+)
+def test_lengths_that_the_shards_do_not_divide(
+    on_ranks: OnRanks, kind: str, shape: tuple[int, ...], num_shards: int | None, message: str
+) -> None:
+    with pytest.raises(SimulationError, match=message):
+        on_ranks(("simulated", 2), apply, kind, shape, num_shards=num_shards)
 
 
-def test_evaluating_restores_what_it_changed() -> None:
-    model = Transformer(ARGS, group=Group.single(8), sequence_parallel=True)
-
-    def flags() -> list[tuple[bool, bool]]:
-        return [(module.training, getattr(module, "sequence_parallel", False)) for module in model.modules()]
-
-    before = flags()
-    with pytest.raises(KeyError), model.evaluating(whole_sequences=True):
-        assert not any(training or cut for training, cut in flags()) and not torch.is_grad_enabled()
-        raise KeyError
-    assert flags() == before and torch.is_grad_enabled()
-
-
-def too_short(group: Group) -> None:
-    Transformer(ARGS, group=group, sequence_parallel=True)(IDS[:, :9])
-
-
-def test_lengths_that_do_not_divide(on_ranks: OnRanks) -> None:
-    with pytest.raises(SimulationError, match="num_shards=4 must divide the sequence length 9"):
-        on_ranks(("simulated", 4), too_short)
+@pytest.mark.parametrize("kind", ["feed forward", "column", "row", "embedding", "norm"])
+def test_inputs_without_a_sequence_dim(on_ranks: OnRanks, kind: str) -> None:
+    """Dim 1 is what is cut: without this error it would be the features."""
+    shape = (8,) if kind == "embedding" else (8, DIM)
+    with pytest.raises(SimulationError, match=r"ValueError: .*" + re.escape(f"got a tensor of shape {list(shape)}")):
+        on_ranks(("simulated", 2), apply, kind, shape, num_shards=8)

@@ -70,7 +70,7 @@ class Attention(nn.Module):
         Raises ValueError for positions beyond ``max_seq_len``, batches above ``max_batch_size`` (both where the cache
         is used) and a mask of another shape, TypeError for a mask of another dtype.
         """
-        check_activations(x, self.args.dim, "Attention", dims=3)
+        check_activations(x, self.args.dim, "Attention", sequence=True)
         self._check_positions(x, start_pos, mask)
         inputs = (gather_to_shards if self.sequence_parallel else copy_to_shards)(x, group=self.group)
         q, k, v = (self._heads(projection, inputs) for projection in (self.wq, self.wk, self.wv))

@@ -30,11 +30,11 @@ def check_ids(name: str, ids: Tensor, size: int, rank: int, *, sync: bool = Fals
         )
 
 
-def check_activations(x: Tensor, size: int, what: str, dims: int | None = None) -> None:
-    """Raise unless ``x`` is floating (TypeError) with a last dim of ``size``, and ``dims`` dims (ValueError)."""
+def check_activations(x: Tensor, size: int, what: str, sequence: bool = False) -> None:
+    """Raise unless ``x`` is floating (TypeError) with a last dim of ``size`` and, with ``sequence``, [b, s, size]."""
     if not x.is_floating_point():
         raise TypeError(f"{what} expects floating-point activations, not {x.dtype}")
-    if dims not in (None, x.dim()):
-        raise ValueError(f"{what} expects {dims} dims, got a tensor of shape {list(x.shape)}")
+    if sequence and x.dim() != 3:
+        raise ValueError(f"{what} expects [b, s, {size}], got a tensor of shape {list(x.shape)}")
     if x.dim() == 0 or x.shape[-1] != size:
         raise ValueError(f"{what} expects a last dim of {size}, got a tensor of shape {list(x.shape)}")

@@ -62,8 +62,8 @@ class ParallelDropout(nn.Module):
     def _drop(self, x: Tensor, call: int, shard: int) -> Tensor:
         digest = hashlib.sha256(f"{self.seed} {call} {shard}".encode()).digest()
         generator = torch.Generator(x.device).manual_seed(int.from_bytes(digest[:4], "big"))
-        keep = torch.empty(x.shape, device=x.device).bernoulli_(1 - self.p, generator=generator)
-        return x * (keep / (1 - self.p)).to(x.dtype)
+        dropped = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(self.p, generator=generator)
+        return x.masked_fill(dropped, 0) / (1 - self.p)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         return self  # the counter stays on the CPU: reading it must not wait for a device

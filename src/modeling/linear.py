@@ -134,7 +134,7 @@ class ColumnParallelLinear(_ParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in] -> y [..., out/w]``, or ``[..., out]`` with ``gather_output``."""
-        check_activations(x, self.in_features, "ColumnParallelLinear")
+        check_activations(x, self.in_features, "ColumnParallelLinear", self.sequence_parallel)
         enter = gather_to_shards if self.sequence_parallel else copy_to_shards
         y = join_shards(self.forward_shards(enter(x, group=self.group)))
         return gather_from_region(y, group=self.group) if self.gather_output else y
@@ -180,7 +180,8 @@ class RowParallelLinear(_ParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in/w]`` (``[..., in]`` unless ``input_is_parallel``) ``-> y [..., out]``."""
         local = self.weight.shape[1]
-        check_activations(x, local if self.input_is_parallel else self.in_features, "RowParallelLinear")
+        size = local if self.input_is_parallel else self.in_features
+        check_activations(x, size, "RowParallelLinear", self.sequence_parallel)
         if not self.input_is_parallel:
             x = scatter_to_region(x, group=self.group)
         return self.forward_shards(split_shards(x, group=self.group))

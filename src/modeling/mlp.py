@@ -63,7 +63,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., h] -> [..., h]``, both replicated, or with ``sequence_parallel`` both ``[b, s/w, h]``."""
-        check_activations(x, self.dim, "FeedForward")
+        check_activations(x, self.dim, "FeedForward", self.sequence_parallel)
         inputs = (gather_to_shards if self.sequence_parallel else copy_to_shards)(x, group=self.group)
         gates, ups = self.w1.forward_shards(inputs), self.w3.forward_shards(inputs)
         hidden = [swiglu(gate, up) for gate, up in zip(gates, ups, strict=True)]

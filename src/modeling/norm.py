@@ -46,7 +46,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., h] -> y [..., h]``."""
-        check_activations(x, self.hidden_size, "RMSNorm")
+        check_activations(x, self.hidden_size, "RMSNorm", self.sequence_parallel)
         if not self.sequence_parallel:
             return rms_norm(x, self.weight, self.eps)
         pieces = split_shards(x, group=self.group, dim=1)

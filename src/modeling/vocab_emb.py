@@ -143,6 +143,8 @@ class ParallelVocabEmbedding(nn.Module):
         ids outside ``[0, v)``.
         """
         check_ids("ids", ids, self.vocab_size, self.rank, sync=self.check)
+        if self.sequence_parallel and ids.dim() != 2:
+            raise ValueError(f"sequence_parallel: ids must be [b, s], got a tensor of shape {list(ids.shape)}")
         local = shard_embedding(ids.to(self.weight.device), self.weight, self.first_id)
         if self.group is not None and self.sequence_parallel:
             local = reduce_scatter_from_shards([local], group=self.group)
