@@ -8,7 +8,9 @@ import shutil
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,11 +20,11 @@ from src.distributed import barrier, local_device
 from src.generation import generate
 from src.modeling import ModelArgs, Transformer
 from src.training import Batch, evaluate, train_step, warmup_cosine
-from src.verification import check_promise, digest, unsharded_weights
+from src.verification import check_agreement, check_promise, digest, each_unsharded_weight
 
 from .corpus import Corpus, prepare
-from .report import MetricsLog, ProgressBar, draw_curve
-from .train import Options
+from .options import Options
+from .report import MetricsLog, ProgressBar, draw_curve, require_extras
 
 KEPT_CHECKPOINTS = 2
 
@@ -60,6 +62,7 @@ def fix_bits(group: Group, options: Options, device: torch.device) -> None:
 
 def train(group: Group, options: Options) -> Outcome:
     """Train, validate, save, draw and sample; rank 0 speaks for all."""
+    require_extras()
     device = local_device(options.device)
     fix_bits(group, options, device)
     corpus = open_corpus(group, options)
@@ -71,7 +74,7 @@ def train(group: Group, options: Options) -> Outcome:
         model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=options.weight_decay
     )
     checkpoints = options.out / "checkpoints"
-    history = restore(checkpoints, model, optimizer, group, options)
+    history = restore(checkpoints, model, optimizer, corpus, group, options)
     start = history.step
     run = _Run(group, options, corpus, model, optimizer, device, history)
     with ExitStack() as stack:
@@ -87,9 +90,10 @@ def train(group: Group, options: Options) -> Outcome:
         draw_curve(options.out / "metrics.jsonl", options.out / "loss.png")
         print(f"{outcome}\ncurve {options.out / 'loss.png'}, checkpoints in {checkpoints}")
     run.sample()
-    result = digest({"losses": run.history.losses_tensor(), **unsharded_weights(model, group=group)})
-    if group.rank == 0:
-        print(f"digest {result} threads {torch.get_num_threads()}", flush=True)
+    if options.num_shards is not None:
+        result = digest(chain([("losses", run.history.losses_tensor())], each_unsharded_weight(model, group=group)))
+        if group.rank == 0:
+            print(f"digest {result} threads {torch.get_num_threads()}", flush=True)
     return outcome
 
 
@@ -186,10 +190,10 @@ class _Run:
 
     def _save(self) -> None:
         folder = self.options.out / "checkpoints"
-        info = {"history": asdict(self.history), "model": asdict(self.model.args)}
+        info = {"history": asdict(self.history), "run": run_settings(self.model.args, self.corpus, self.options)}
         save(folder / f"step-{self.history.step:06d}", self.model, self.optimizer, info, group=self.group)
         if self.group.rank == 0:
-            for old in sorted(folder.glob("step-??????"))[:-KEPT_CHECKPOINTS]:
+            for old in saved_steps(folder)[:-KEPT_CHECKPOINTS]:
                 shutil.rmtree(old)
 
     def _place(self, batch: Batch) -> Batch:
@@ -204,10 +208,12 @@ def open_corpus(group: Group, options: Options) -> Corpus:
     if group.rank > 0:
         barrier(group)
     try:
-        return prepare(options.cache, options.vocab_size, options.data)
+        corpus = prepare(options.cache, options.vocab_size, options.data)
     finally:
         if group.rank == 0:
             barrier(group)
+    check_agreement({"text, by its digest": corpus.path.name}, group)
+    return corpus
 
 
 def model_args(corpus: Corpus, options: Options) -> ModelArgs:
@@ -227,21 +233,45 @@ def model_args(corpus: Corpus, options: Options) -> ModelArgs:
     )
 
 
+def run_settings(args: ModelArgs, corpus: Corpus, options: Options) -> dict[str, Any]:
+    """What a resumed run must have in common with the run it continues."""
+    names = ("seq_len", "batch_size", "accumulate", "seed", "lr", "warmup", "weight_decay", "clip", "dtype")
+    return {**asdict(args), "text": corpus.path.name, **{name: getattr(options, name) for name in names}}
+
+
+def saved_steps(folder: Path) -> list[Path]:
+    """The checkpoints in ``folder``, oldest first."""
+    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
 def restore(
-    checkpoints: Path, model: Transformer, optimizer: torch.optim.Optimizer, group: Group, options: Options
+    checkpoints: Path,
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    corpus: Corpus,
+    group: Group,
+    options: Options,
 ) -> History:
     """What the run has done so far, with model and optimizer as they were then.
 
-    Raises ValueError when there is an older run and --resume was not given.
+    Raises ValueError when there is an older run and --resume was not given, or one with other settings.
     """
-    found = sorted(checkpoints.glob("step-??????"))
+    found = saved_steps(checkpoints)
     if not found:
         return History(0, None, [])
     if not options.resume:
         raise ValueError(f"{options.out} holds a run already; pass --resume to continue it, or another --out")
-    step = int(read_info(found[-1])["history"]["step"])
-    if step > options.steps:
+    info = read_info(found[-1])
+    if info["history"]["step"] > options.steps:
+        step = info["history"]["step"]
         raise ValueError(f"{found[-1]} is at step {step}, beyond --steps {options.steps}; ask for more steps")
+    for name, value in run_settings(model.args, corpus, options).items():
+        if info["run"].get(name) != value:
+            raise ValueError(
+                f"{found[-1]} is of another run: its {name} is {info['run'].get(name)!r}, here it is {value!r}; "
+                "resume with the same settings, or choose another --out"
+            )
     return History(**load(found[-1], model, optimizer, group=group)["history"])
 
 

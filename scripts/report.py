@@ -22,6 +22,12 @@ LOG_INTERVAL = 10.0  # seconds
 TRAIN_COLOR, VALIDATION_COLOR = "#4477aa", "#cc3311"
 
 
+def require_extras() -> None:
+    """Raise ImportError, naming the extra, where a library is missing that is needed only at the end."""
+    for name in ("tqdm", "matplotlib.figure"):
+        _import_extra(name)
+
+
 class MetricsLog:
     """The metrics of one run in the order of their steps, as JSON lines.
 

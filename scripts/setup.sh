@@ -29,7 +29,10 @@ find_python() {
 }
 
 make_venv() {
-    "$1" -m venv "${@:2}" .venv || fail "could not make .venv; on Debian and Ubuntu: apt-get install python3-venv"
+    if ! "$1" -m venv "${@:2}" .venv || ! .venv/bin/python -m pip --version >/dev/null; then
+        rm -rf .venv
+        fail "could not make .venv; on Debian and Ubuntu: apt-get install python3-venv"
+    fi
 }
 
 PYTHON=$(find_python)

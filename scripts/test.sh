@@ -13,4 +13,4 @@ if [[ ${1-} == --all ]]; then
     selection=()
     shift
 fi
-exec "$PYTHON" -m pytest "${selection[@]}" "$@"
+exec "$PYTHON" -m pytest ${selection[@]+"${selection[@]}"} "$@"

@@ -49,8 +49,8 @@ class Trace:
 class Runner:
     """Traces runs over the corpus in ``corpus``; in fast mode all begin with the weights of the first."""
 
-    def __init__(self, corpus: Path, folder: Path, threads: int) -> None:
-        self.corpus, self.folder, self.threads = corpus, folder, threads
+    def __init__(self, corpus: Path, folder: Path) -> None:
+        self.corpus, self.folder = corpus, folder
         self._pools: dict[Place, RankPool] = {}
 
     def trace(self, place: Place, options: Options) -> Trace:
@@ -78,6 +78,7 @@ def trace(group: Group, corpus_path: Path, folder: Path, options: Options, devic
     torch.set_num_threads(options.threads)
     device = local_device(device_name)
     if options.mode == "invariant":
+        torch.use_deterministic_algorithms(device.type == "cuda")
         check_promise(group, device)
     model = build(group, options, device)
     if options.mode == "fast":

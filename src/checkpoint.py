@@ -8,6 +8,7 @@ file, by which a truncated checkpoint is known.
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -117,9 +119,10 @@ def save(
         dcp_save(state, storage_writer=FileSystemWriter(building), **_where(group))
     if group.rank == 0:
         sizes = {file.name: file.stat().st_size for file in sorted(building.iterdir())}
-        (building / INFO).write_text(json.dumps({"info": info or {}, "files": sizes}, indent=1))
-        shutil.rmtree(old, ignore_errors=True)
+        record = {"info": info or {}, "optimizer": optimizer is not None, "files": sizes}
+        (building / INFO).write_text(json.dumps(record, indent=1))
         if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
             path.rename(old)
         building.rename(path)
         shutil.rmtree(old, ignore_errors=True)
@@ -129,20 +132,30 @@ def save(
 def read_info(path: str | Path) -> dict[str, Any]:
     """The ``info`` that was saved with the checkpoint at ``path``.
 
-    Raises ValueError when there is no checkpoint there, or a damaged one.
+    Raises ValueError when there is no checkpoint there, or an incomplete one.
     """
+    info: dict[str, Any] = _read_record(_find(path))["info"]
+    return info
+
+
+def _find(path: str | Path) -> Path:
+    """``path``, or what it replaced when a save was ended between moving the old one away and the new one in."""
     path = Path(path)
+    old = path.with_name(path.name + ".old")
+    return old if old.exists() and not path.exists() else path
+
+
+def _read_record(path: Path) -> dict[str, Any]:
     try:
-        saved = json.loads((path / INFO).read_text())
-        info: dict[str, Any] = saved["info"]
-        files = saved["files"]
+        record: dict[str, Any] = json.loads((path / INFO).read_text())
+        files = record["files"]
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path} is not a checkpoint of isoshard: cannot read {INFO} ({error})") from None
     for name, size in files.items():
         found = (path / name).stat().st_size if (path / name).exists() else 0
         if found != size:
             raise ValueError(f"checkpoint {path} is damaged: {name} has {found} bytes of {size}")
-    return info
+    return record
 
 
 def load(
@@ -150,18 +163,26 @@ def load(
 ) -> dict[str, Any]:
     """Fill ``model`` and ``optimizer`` in place from the checkpoint at ``path``; return its ``info``.
 
-    The checkpoint may come from any world size. Called by all ranks. Raises ValueError when it is missing, damaged,
-    without optimizer state where that is asked for, or of another model; then nothing has been changed.
+    The checkpoint may come from any world size. Called by all ranks. Raises ValueError when it is missing, incomplete,
+    without optimizer state where that is asked for, or of another model; then nothing has been changed. Files are known
+    by their sizes: ValueError, too, where torch finds one unreadable; a changed byte inside a tensor is not found.
     """
-    info = read_info(path)
+    path = _find(path)
+    record = _read_record(path)
+    if optimizer is not None and not record["optimizer"]:
+        raise ValueError(f"checkpoint {path} holds no optimizer state; pass optimizer=None to load the model alone")
     reader = FileSystemReader(path)
-    metadata = reader.read_metadata()
-    _check_model(path, sharded_state_dict(model, group=group), metadata)
-    if optimizer is not None:
-        _allocate_state(path, model, optimizer, metadata, group)
-    state = sharded_state_dict(model, optimizer, group=group)
-    with _quiet():
-        dcp_load(state, storage_reader=reader, **_where(group))
+    try:
+        metadata = reader.read_metadata()
+        _check_model(path, sharded_state_dict(model, group=group), metadata)
+        if optimizer is not None:
+            _allocate_state(model, optimizer, metadata, group)
+        state = sharded_state_dict(model, optimizer, group=group)
+        with _quiet():
+            dcp_load(state, storage_reader=reader, **_where(group))
+    except (CheckpointException, pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(f"checkpoint {path} is damaged: {str(error).splitlines()[-1]}") from error
+    info: dict[str, Any] = record["info"]
     return info
 
 
@@ -178,9 +199,14 @@ def _quiet() -> Iterator[None]:
 
 
 def _view(value: Any, place: Placement, group: Group) -> Any:
-    """Whatever has the parameter's shape is sharded like it; all else (a step count) is replicated."""
-    if place.dim is None or not isinstance(value, Tensor) or value.shape != place.parameter.shape:
+    """Whatever has the parameter's shape is sharded like it; scalars (a step count) are replicated."""
+    if place.dim is None or not isinstance(value, Tensor) or value.dim() == 0:
         return value
+    if value.shape != place.parameter.shape:
+        raise ValueError(
+            f"optimizer state of {place.name} is {list(value.shape)}, neither a scalar nor of the shape "
+            f"{list(place.parameter.shape)} of this rank's slice: how it is sharded is not known"
+        )
     return ShardView(value, place, group)
 
 
@@ -199,11 +225,8 @@ def _check_model(path: str | Path, state: dict[str, Any], metadata: Metadata) ->
             )
 
 
-def _allocate_state(
-    path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, metadata: Metadata, group: Group
-) -> None:
+def _allocate_state(model: nn.Module, optimizer: torch.optim.Optimizer, metadata: Metadata, group: Group) -> None:
     """Give the optimizer empty state of the kind that was saved."""
-    found = False
     for place in placements(model, group=group):
         prefix = f"optimizer.{place.name}."
         whole = metadata.state_dict_metadata[f"model.{place.name}"]
@@ -215,6 +238,3 @@ def _allocate_state(
             device = place.parameter.device if like_parameter else "cpu"
             value = torch.zeros(shape, dtype=entry.properties.dtype, device=device)
             optimizer.state[place.parameter][name.removeprefix(prefix)] = value
-            found = True
-    if not found:
-        raise ValueError(f"checkpoint {path} holds no optimizer state; pass optimizer=None to load the model alone")

@@ -22,6 +22,8 @@ def generate(
     Raises ValueError for an empty prompt, a negative temperature, and when prompt and new tokens exceed the model's
     ``max_seq_len``.
     """
+    if prompt.dim() != 2:
+        raise ValueError(f"the prompt must be [b, s], got a tensor of shape {list(prompt.shape)}")
     length, limit = prompt.shape[1], model.args.max_seq_len
     if length == 0:
         raise ValueError("the prompt is empty; begin with at least one token")

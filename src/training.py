@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .distributed.collectives import all_gather
-from .distributed.group import Group
+from .distributed.group import Group, group_or_single
 from .distributed.reduction import tree_sum
 from .modeling import Transformer, vocab_parallel_cross_entropy
 from .modeling.parameters import placements
@@ -75,7 +75,7 @@ def evaluate(
 
 
 @torch.no_grad()
-def clip_grad_norm_(model: torch.nn.Module, max_norm: float, *, group: Group) -> Tensor:
+def clip_grad_norm_(model: torch.nn.Module, max_norm: float, *, group: Group | None) -> Tensor:
     """Scale the gradients of ``model`` so that their norm over all ranks is at most ``max_norm``; return that norm.
 
     ``torch.nn.utils.clip_grad_norm_`` would give every rank a norm of its own. Here sharded gradients are summed over
@@ -85,6 +85,7 @@ def clip_grad_norm_(model: torch.nn.Module, max_norm: float, *, group: Group) ->
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm={max_norm} must be positive; pass math.inf to measure without clipping")
+    group = group_or_single(group)
     sharded: list[list[Tensor]] = [[] for _ in group.shards]
     replicated: list[Tensor] = []
     for place in placements(model, group=group):

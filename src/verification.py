@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,9 +15,15 @@ from .distributed.runtime import cublas_workspace
 from .modeling.parameters import placements
 
 
+def each_unsharded_weight(model: nn.Module, *, group: Group) -> Iterator[tuple[str, Tensor]]:
+    """Names and whole parameters, without padding or replicas, one at a time. Called by all ranks."""
+    for place in placements(model, group=group):
+        yield place.name, place.whole(place.parameter.detach(), group)
+
+
 def unsharded_weights(model: nn.Module, *, group: Group) -> dict[str, Tensor]:
-    """Every parameter whole, without padding or replicas, on every rank. Called by all ranks."""
-    return {place.name: place.whole(place.parameter.detach(), group) for place in placements(model, group=group)}
+    """Every parameter whole, on every rank, all at once. Called by all ranks."""
+    return dict(each_unsharded_weight(model, group=group))
 
 
 def unsharded_gradients(model: nn.Module, *, group: Group) -> dict[str, Tensor]:
@@ -88,18 +94,21 @@ def check_promise(group: Group, device: torch.device) -> None:
     Ranks must agree on the intra-op thread count, on torch and on the instruction set of the CPU; on CUDA also on the
     kind of GPU, and nondeterministic kernels must be ruled out. Called by all ranks.
     """
-    own = _settings(device)
+    check_agreement(_settings(device), group)
+    if device.type == "cuda":
+        _check_cuda()
+
+
+def check_agreement(own: dict[str, Any], group: Group) -> None:
+    """Raise ValueError where an entry of ``own`` differs between ranks, naming it. Called by all ranks."""
     everyone = _from_everyone(own, group)
     for name in own:
         values = [settings[name] for settings in everyone]
         other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
         if other is not None:
             raise ValueError(
-                f"same bits need the same {name} on every rank, "
-                f"but it is {values[0]!r} on rank 0 and {values[other]!r} on rank {other}"
+                f"ranks need the same {name}, but it is {values[0]!r} on rank 0 and {values[other]!r} on rank {other}"
             )
-    if device.type == "cuda":
-        _check_cuda()
 
 
 def _from_everyone(own: Any, group: Group) -> list[Any]:

@@ -45,7 +45,8 @@ FLOORS = {
     ],
     "distributed": [
         {"reduction", "ledger", "random"},
-        {"group", "lockstep"},
+        {"group"},
+        {"lockstep"},
         {"collectives", "simulation", "runtime"},
         {"regions"},
     ],

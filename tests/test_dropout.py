@@ -192,7 +192,7 @@ def test_activation_checkpointing_repeats_the_masks(place: Any, on_ranks: OnRank
 def test_probabilities_outside_the_range(p: float) -> None:
     with pytest.raises(ValueError, match=rf"dropout p={p} must lie in \[0, 1\)"):
         ParallelDropout(p)
-    with pytest.raises(ValueError, match=rf"dropout p={p} must lie in \[0, 1\)"):
+    with pytest.raises(ValueError, match=rf"dropout={p} must lie in \[0, 1\)"):
         Transformer(ModelArgs(dim=32, n_layers=1, n_heads=8, vocab_size=48, dropout=p))
 
 

@@ -185,7 +185,7 @@ def test_split_of_a_size_that_does_not_divide() -> None:
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
 
@@ -249,5 +249,9 @@ def test_local_device(environment: pytest.MonkeyPatch) -> None:
     assert local_device() == local_device("cuda") == torch.device("cuda", 3)
     assert local_device("cuda:1") == torch.device("cuda", 1)
     assert local_device("cpu") == torch.device("cpu")
-    environment.setenv("LOCAL_RANK", "5")
-    assert local_device() == torch.device("cuda", 1)
+    environment.setenv("LOCAL_WORLD_SIZE", "5")
+    assert local_device() == torch.device("cpu")
+    with pytest.raises(ValueError, match="device=cuda: 5 ranks on this machine need as many GPUs, found 4"):
+        local_device("cuda")
+    with pytest.raises(ValueError, match="device='abacus' is none that torch knows"):
+        local_device("abacus")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -100,6 +101,20 @@ def test_what_a_block_sends(place: Any, on_ranks: OnRanks, num_shards: int | Non
         assert [shape for op, shape in backward if op == "all_reduce"] == [(DIM,)] * 2
 
 
+def sent_by_model(group: Group) -> Counter[tuple[str, str]]:
+    with Ledger() as ledger:
+        transformer(group, sequence_parallel=True)(IDS).sum().backward()
+    return Counter((record.op, record.phase) for record in ledger.records)
+
+
+@pytest.mark.parametrize("num_shards", [None, 8])
+def test_what_a_model_sends(on_ranks: OnRanks, num_shards: int | None) -> None:
+    """Two of each way and block, one for the embedding or the head, and the gradients of the norms."""
+    ops = [(op, phase) for op in ("all_gather", "reduce_scatter") for phase in ("forward", "backward")]
+    want = dict.fromkeys(ops, 2 * ARGS.n_layers + 1) | {("all_reduce", "backward"): 2 * ARGS.n_layers + 1}
+    assert on_ranks(("simulated", 4), sent_by_model, num_shards=num_shards) == [want] * 4
+
+
 @dataclass(frozen=True)
 class Case:
     """A layer, the shapes of its whole input and output, and the sharded dim of either (None: replicated)."""
@@ -161,19 +176,34 @@ def reference(kind: str, weight: Tensor, bias: Tensor | None) -> dict[str, Tenso
     return {"y": y.detach()} | {f"{name}.grad": leaf.grad for name, leaf in leaves.items()}
 
 
-@places()
-@pytest.mark.parametrize("num_shards", [None, 8])
-@pytest.mark.parametrize("kind", CASES)
-def test_layers(place: Any, on_ranks: OnRanks, num_shards: int | None, kind: str) -> None:
-    results, got = on_ranks(place, run_layer, kind, num_shards=num_shards), {}
+def gathered(results: list[dict[str, tuple[int | None, Tensor]]]) -> dict[str, Tensor]:
+    """The whole tensors; replicated ones must be equal on all ranks."""
+    out = {}
     for name, (dim, first) in results[0].items():
         parts = [result[name][1] for result in results]
         assert dim is not None or all(torch.equal(value, first) for value in parts), name
-        got[name] = first if dim is None else torch.cat(parts, dim)
+        out[name] = first if dim is None else torch.cat(parts, dim)
+    return out
+
+
+@places()
+@pytest.mark.parametrize("kind", CASES)
+def test_layers(place: Any, on_ranks: OnRanks, kind: str) -> None:
+    got = gathered(on_ranks(place, run_layer, kind))
     want = reference(kind, got.pop("weight"), got.pop("bias", None))
     assert want.keys() == got.keys()
     for name in want:
         torch.testing.assert_close(got[name].double(), want[name], rtol=1e-5, atol=1e-5, msg=f"{kind} {name}")
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_layers_have_the_same_bits_at_every_size(on_ranks: OnRanks, kind: str) -> None:
+    want = gathered(on_ranks(("simulated", 1), run_layer, kind, num_shards=8))
+    for name, value in reference(kind, want["weight"], want.get("bias")).items():
+        torch.testing.assert_close(want[name].double(), value, rtol=1e-5, atol=1e-5, msg=f"{kind} {name}")
+    for place in [("simulated", 2), ("simulated", 4), ("simulated", 8), ("gloo", 2)]:
+        got = gathered(on_ranks(place, run_layer, kind, num_shards=8))
+        assert [name for name in want if not torch.equal(got[name], want[name])] == [], place
 
 
 def generated(group: Group, sequence_parallel: bool) -> tuple[Tensor, Tensor]:

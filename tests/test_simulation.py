@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from src import Group, SimulationError, simulate
+from src import Group, SimulationError, init, simulate
 from src.distributed import all_gather, all_reduce, barrier, copy_to_region
 
 from .conftest import process_state
@@ -81,6 +82,32 @@ def test_num_shards_sets_one_thread(num_shards: int | None, inside: int) -> None
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
+
+
+def product(group: Group | None = None) -> Tensor:
+    """A matrix product whose bits depend on the number of threads on some machines."""
+    left, right = (torch.randn(n, m, generator=torch.Generator().manual_seed(0)) for n, m in ((6, 72), (72, 32)))
+    return left @ right
+
+
+@pytest.mark.parametrize("threads, num_shards", [(1, None), (2, None), (1, 2), (2, 2)])
+def test_ranks_compute_with_the_threads_that_torch_reports(threads: int, num_shards: int | None) -> None:
+    torch.set_num_threads(1 if num_shards else threads)
+    want = product()
+    torch.set_num_threads(threads)
+    try:
+        assert all(torch.equal(got, want) for got in simulate(product, 2, num_shards=num_shards))
+    finally:
+        torch.set_num_threads(1)
+
+
+def defaults(group: Group) -> list[tuple[int, str]]:
+    return [(g.num_shards, g.reduce_order) for g in (group, init(), Group(), Group(num_shards=2))]
+
+
+def test_groups_inside_take_what_simulate_was_given() -> None:
+    assert simulate(defaults, 2, num_shards=8) == [[(8, "tree")] * 3 + [(2, "tree")]] * 2
+    assert simulate(defaults, 2) == [[(2, "backend")] * 3 + [(2, "tree")]] * 2
 
 
 def test_settings_that_a_program_changes_are_restored() -> None:
@@ -256,9 +283,7 @@ def test_simulations_do_not_nest() -> None:
 @pytest.mark.parametrize("collective", [all_reduce, all_gather, lambda x, group: barrier(group)])
 def test_collectives_after_the_end(collective: Callable[..., Any]) -> None:
     for group in simulate(lambda g: g, 2):
-        with pytest.raises(
-            SimulationError, match="called from thread 'MainThread', which is no rank of this simulation"
-        ):
+        with pytest.raises(RuntimeError, match="the process group of this Group has ended"):
             collective(torch.ones(1), group=group)
 
 

@@ -90,7 +90,11 @@ def test_bad_input_ends_with_one_sentence(tmp_path: Path, arguments: list[str], 
     assert "n_heads=7 must divide dim=32" in error("--heads", "7")
     main([*arguments, *simulate, "--steps", "2"])
     assert "holds a run already; pass --resume" in error()
-    assert "of another model" in error("--resume", "--layers", "2")
+    assert "of another run: its n_layers is 1, here it is 2" in error("--resume", "--layers", "2")
+    assert "of another run: its n_heads is 8, here it is 4" in error("--resume", "--heads", "4")
+    other = tmp_path / "other.txt"
+    other.write_text("x = 1\n" * 3000)
+    assert re.search("of another run: its (vocab_size|text) is", error("--resume", "--data", str(other)))
     damaged = tmp_path / "run" / "checkpoints" / "step-000002" / ".metadata"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     assert "is damaged: .metadata" in error("--resume")

@@ -117,9 +117,7 @@ def uneven_threads(group: Group) -> None:
 
 
 def test_thread_counts_that_differ_are_named(on_ranks: OnRanks) -> None:
-    message = (
-        r"same number of intra-op threads \(OMP_NUM_THREADS\) on every rank, but it is 1 on rank 0 and 2 on rank 2"
-    )
+    message = r"same number of intra-op threads \(OMP_NUM_THREADS\), but it is 1 on rank 0 and 2 on rank 2"
     with pytest.raises(RuntimeError, match=message):
         on_ranks(("gloo", 4), uneven_threads)
     on_ranks(("gloo", 4), check_on_cpu)
@@ -181,7 +179,7 @@ def test_verify_names_the_first_difference(
     with pytest.raises(SystemExit, match=r"NOT the same bits: 1 run\(s\) differ"):
         main([*arguments, "--gloo", ""])
     shown = capsys.readouterr().out
-    message = r"first difference from the first row: step 0 logits\[\d, \d+, \d+\] is \S+ instead of \S+,"
+    message = r"first difference from the first row of its kind: step 0 logits\[\d, \d+, \d+\] is \S+ instead of \S+,"
     assert re.search(message, shown)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, Literal, TypeGuard
 
 import torch.distributed as dist
@@ -39,7 +40,9 @@ class Group:
         self._setup(pg, num_shards, reduce_order)
 
     def _setup(self, pg: ProcessGroup | None, num_shards: int | None, reduce_order: ReduceOrder) -> None:
-        self.pg = pg
+        if num_shards is None and reduce_order == "backend":  # what simulate() was given holds for the groups inside
+            num_shards, reduce_order = getattr(pg, "defaults", (None, reduce_order))
+        self._pg = None if pg is None else weakref.ref(pg) if pg is dist.group.WORLD else lambda: pg
         self.rank = 0 if pg is None else dist.get_rank(pg)
         self.world_size = 1 if pg is None else dist.get_world_size(pg)
         if self.rank < 0:
@@ -56,6 +59,19 @@ class Group:
         group = cls.__new__(cls)
         group._setup(None, num_shards, "backend")
         return group
+
+    @property
+    def pg(self) -> ProcessGroup | None:
+        """The process group; None in a world of one. Raises RuntimeError after ``destroy_process_group``.
+
+        The default group is not kept alive: torn down when the interpreter ends, gloo's threads would abort it.
+        """
+        if self._pg is None:
+            return None
+        pg = self._pg()
+        if pg is None:
+            raise RuntimeError("the process group of this Group has ended")
+        return pg
 
     @property
     def shards(self) -> range:

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .group import ReduceOrder
+
 PATIENCE = 5.0
 """Seconds that interrupted ranks are given to reach their next collective, where they end."""
 
@@ -125,8 +127,8 @@ class Meeting:
 class Lockstep:
     """Runs one body per rank, in turns, and lets ranks meet in collectives."""
 
-    def __init__(self, world_size: int) -> None:
-        self.world_size = world_size
+    def __init__(self, world_size: int, defaults: tuple[int | None, ReduceOrder] = (None, "backend")) -> None:
+        self.world_size, self.defaults = world_size, defaults
         self.error: SimulationError | None = None
         self.threads: list[RankThread] = []
         self._meetings: dict[tuple[str, tuple[int, ...], int], Meeting] = {}

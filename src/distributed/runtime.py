@@ -42,13 +42,23 @@ def init(
 
 
 def local_device(device: str | torch.device | None = None) -> torch.device:
-    """``device``, or this rank's GPU (``cuda:LOCAL_RANK``) where there are GPUs, or the CPU."""
+    """``device``, or this rank's GPU (``cuda:LOCAL_RANK``) where every rank of the machine has one, or the CPU.
+
+    Raises ValueError for a device that is unknown, and for CUDA with fewer GPUs than ranks.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    local_rank, ranks_here = (int(os.environ.get(n, d)) for n, d in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")))
     if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    place = torch.device(device)
-    if place.type == "cuda" and place.index is None:
-        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % max(torch.cuda.device_count(), 1))
-    return place
+        device = "cuda" if gpus >= ranks_here else "cpu"
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r} is none that torch knows ({str(error).splitlines()[0]})") from None
+    if place.type != "cuda":
+        return place
+    if gpus < ranks_here:
+        raise ValueError(f"device={device}: {ranks_here} ranks on this machine need as many GPUs, found {gpus}")
+    return place if place.index is not None else torch.device("cuda", local_rank)
 
 
 def close() -> None:

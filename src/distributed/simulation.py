@@ -56,17 +56,19 @@ def simulate(
     if dist.is_initialized():
         raise RuntimeError("simulate() needs a process without a default process group; destroy it first")
 
+    threads, hook = torch.get_num_threads(), sys.excepthook
+
     def body(rank: int) -> Any:
+        # OpenMP keeps a thread count for each thread: a new one would compute with all cores, whatever torch reports.
+        torch.set_num_threads(1 if num_shards is not None else threads)
         # With several ranks on one GPU autograd's device thread would serve them all, and a collective never meet.
         with torch.autograd.set_multithreading_enabled(False):
             return program(Group(num_shards=num_shards, reduce_order=reduce_order), *args)
 
-    lockstep, threads, hook = Lockstep(world_size), torch.get_num_threads(), sys.excepthook
+    lockstep = Lockstep(world_size, (num_shards, reduce_order))
     dist.Backend.register_backend(BACKEND, _create_group, extended_api=True, devices=["cpu", "cuda"])
     dist.init_process_group(BACKEND, rank=0, world_size=world_size, store=dist.HashStore(), pg_options=lockstep)
     try:
-        if num_shards is not None:
-            torch.set_num_threads(1)
         # A compiled graph would carry the constants of one rank, such as its number, into another.
         with torch.compiler.set_stance("force_eager"):
             return lockstep.run(body)
@@ -119,6 +121,8 @@ class SimulatedProcessGroup(dist.ProcessGroup):
     def __init__(self, lockstep: Lockstep, ranks: tuple[int, ...], label: str, name: str) -> None:
         super().__init__(0, len(ranks))
         self.lockstep, self.ranks, self.label, self._name = lockstep, ranks, label, name
+        if len(ranks) == lockstep.world_size:
+            self.defaults = lockstep.defaults
 
     @property
     def group_name(self) -> str:

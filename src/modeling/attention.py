@@ -99,8 +99,8 @@ class Attention(nn.Module):
     def _through_cache(self, k: list[Tensor], v: list[Tensor], start_pos: int) -> tuple[list[Tensor], list[Tensor]]:
         """Store the new keys and values; give back those of all positions ``[0, start_pos + s)``."""
         batch, end = k[0].shape[0], start_pos + k[0].shape[1]
-        self._check_cache(batch, start_pos, end)
-        if self.cache_k is None or self.cache_v is None or self.cache_k.dtype != k[0].dtype:
+        self._check_cache(batch, start_pos, end, k[0].dtype)
+        if self.cache_k is None or self.cache_v is None or (start_pos == 0 and self.cache_k.dtype != k[0].dtype):
             self.cache_k, self.cache_v = self._new_cache(k[0]), self._new_cache(v[0])
         self._cached = (batch, end)
 
@@ -122,7 +122,7 @@ class Attention(nn.Module):
         with torch.inference_mode(False):
             return like.new_zeros(self.args.max_batch_size, self.args.max_seq_len, heads, self.args.head_dim)
 
-    def _check_cache(self, batch: int, start_pos: int, end: int) -> None:
+    def _check_cache(self, batch: int, start_pos: int, end: int, dtype: torch.dtype) -> None:
         if batch > self.args.max_batch_size:
             raise ValueError(
                 f"batch size {batch} exceeds max_batch_size={self.args.max_batch_size} of the KV cache, which calls "
@@ -133,6 +133,8 @@ class Attention(nn.Module):
                 f"start_pos={start_pos} + {end - start_pos} positions exceed max_seq_len={self.args.max_seq_len}"
             )
         sequences, positions = self._cached
+        if start_pos > 0 and self.cache_k is not None and self.cache_k.dtype != dtype:
+            raise TypeError(f"the KV cache holds {self.cache_k.dtype}, the new keys are {dtype}; begin at start_pos=0")
         if start_pos > 0 and (start_pos > positions or batch > sequences):
             raise ValueError(
                 f"start_pos={start_pos} and batch size {batch}, but the KV cache holds {positions} positions of "

@@ -35,6 +35,8 @@ class ModelArgs:
         for name in ("dim", "n_layers", "n_heads", "kv_heads", "multiple_of", "max_batch_size", "max_seq_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name.replace('kv_heads', 'n_kv_heads')}={getattr(self, name)} must be positive")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must lie in [0, 1)")
         if self.dim % self.n_heads:
             raise ValueError(f"n_heads={self.n_heads} must divide dim={self.dim}")
         if self.head_dim % 2:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ..distributed.group import as_group
-from ..sharding import padded_size, shard_size
+from ..sharding import padded_size, shard_size, valid_size
 from .linear import ColumnParallelLinear
 
 
 class LMHead(ColumnParallelLinear):
     """A column-parallel linear without bias, ``[v/w, h]``, whose logits ``[b, s, v/w]`` are never gathered.
 
-    ``pad_vocab`` pads a vocabulary that does not divide; padding rows are zero. ``tied_weight`` is the parameter of
-    an embedding over the same group, which then is this layer's weight too.
+    ``pad_vocab`` pads a vocabulary that does not divide; padding rows are zero, their logits -inf. ``tied_weight`` is
+    the parameter of an embedding over the same group, which then is this layer's weight too.
 
     Raises ValueError when the vocabulary does not divide and ``pad_vocab`` is not set.
     """
@@ -54,6 +57,17 @@ class LMHead(ColumnParallelLinear):
         with torch.no_grad():
             first = self.group.rank * self.weight.shape[0]
             self.weight[max(self.vocab_size - first, 0) :].zero_()
+
+    def forward_shards(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """As for ColumnParallelLinear; the logits of padding are -inf, so that it never has any probability."""
+        return [
+            self._hide_padding(y, j) for y, j in zip(super().forward_shards(inputs), self.group.shards, strict=True)
+        ]
+
+    def _hide_padding(self, logits: Tensor, shard: int) -> Tensor:
+        width = logits.shape[-1]
+        real = valid_size(self.vocab_size, shard, width)
+        return logits if real == width else F.pad(logits[..., :real], (0, width - real), value=-math.inf)
 
     def unpadded_sizes(self) -> dict[str, int]:
         """Real lengths of the sharded dims that may be padded."""
