@@ -5,10 +5,10 @@
 #     bash launch/local.sh 2 --steps 200
 #     bash launch/local.sh gpu --steps 2000 --resume    # one process per GPU
 #
-# nproc is a number, "gpu" or "cpu", 2 unless given. It must divide the heads and the vocabulary of the model.
+# nproc is a number, "gpu" or "cpu", 2 unless given. It must divide the heads of the model (8).
 # Assumes a set-up checkout: .venv, or else a python3 that has torch. A free port is chosen, so runs may go side by
-# side. Ranks, addresses and OMP_NUM_THREADS are set by torchrun. Tried on one machine without GPUs, with a small
-# program in place of scripts.train.
+# side. Ranks, addresses and OMP_NUM_THREADS are set by torchrun. Tried with 2
+# processes on one machine without GPUs.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -13,7 +13,7 @@
 # No node rank is needed: the c10d rendezvous hands it out. Assumes the same checkout and environment on every
 # machine, and a runs/ directory that all of them share (checkpoints and the corpus lie there).
 # Tried with two launchers on one machine over gloo, with a restart and a small program in place of scripts.train; not
-# tried on separate machines or over NCCL.
+# tried on separate machines or over NCCL. For 2 x 8 processes pass --heads 16: they must divide the heads.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
