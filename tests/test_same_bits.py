@@ -120,7 +120,7 @@ def layer(group: Group, kind: str, dtype: torch.dtype) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", ["attention", "feed forward", "block", "head"])
 def test_layers_have_the_same_bits_at_every_size(on_ranks: OnRanks, kind: str, dtype: torch.dtype) -> None:
     want = whole(on_ranks(("simulated", 1), layer, kind, dtype, num_shards=SHARDS))
-    for place in [("simulated", 2), ("simulated", 4), ("simulated", 8), ("gloo", 2)]:
+    for place in [("simulated", 2), ("simulated", 4), ("simulated", 8), ("gloo", 2), ("gloo", 4)]:
         got = whole(on_ranks(place, layer, kind, dtype, num_shards=SHARDS))
         assert [name for name in want if not torch.equal(got[name], want[name])] == [], place
 
