@@ -44,11 +44,13 @@ FLOORS = {
         {"__main__"},
     ],
     "distributed": [
-        {"reduction", "ledger", "random"},
-        {"group"},
-        {"lockstep"},
-        {"collectives", "simulation", "runtime"},
-        {"regions"},
+        {"reduction", "origin", "random", "rank_state"},
+        {"group", "ledger", "signature"},
+        {"in_flight", "meeting", "signed_group", "simulated_collectives"},
+        {"failure", "faults"},
+        {"checked", "collectives", "lockstep"},
+        {"simulation"},
+        {"regions", "runtime"},
     ],
     "modeling": [
         {"config", "checks", "parameters"},

@@ -5,14 +5,19 @@ Each takes a contiguous or strided tensor and returns a new one. In a world of o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..sharding import check_rank
+from .failure import explain, names_faults
 from .group import Group
 from .ledger import record
 from .reduction import tree_sum
+from .signature import specs
 
 GATHER_BYTES = 256 * 1024
 """Tree sums of messages up to this size gather all terms; larger ones move the bytes of a ring. Same bits."""
@@ -26,11 +31,14 @@ def all_reduce(tensor: Tensor, *, group: Group, op: dist.ReduceOp.RedOpType = di
     """Reduce over the ranks, every rank getting the result; sums are taken in ``group.reduce_order``."""
     if group.world_size == 1:
         return tensor
-    record("all_reduce", tensor)
-    if op == dist.ReduceOp.SUM and group.reduce_order == "tree":
+    others = group.world_size - 1
+    by_tree = op == dist.ReduceOp.SUM and group.reduce_order == "tree"
+    gathers = by_tree and tensor.nbytes <= GATHER_BYTES
+    record("all_reduce", tensor, group.world_size, 1.0 * others if gathers else 2.0 * others / group.world_size)
+    if by_tree:
         return _tree_all_reduce(tensor, group)
     out = tensor.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(out, op=op, group=group.pg)
+    _call("all_reduce", tensor, group, dist.all_reduce, out, op=op)
     return out
 
 
@@ -38,7 +46,7 @@ def all_gather(tensor: Tensor, *, group: Group, dim: int = 0) -> Tensor:
     """Concatenate equally shaped tensors of all ranks along ``dim``, in rank order."""
     if group.world_size == 1:
         return tensor
-    record("all_gather", tensor)
+    record("all_gather", tensor, group.world_size, group.world_size - 1)
     parts = _gather_parts(tensor, group)
     return parts.flatten(0, 1) if dim == 0 else torch.cat(parts.unbind(0), dim)
 
@@ -54,12 +62,12 @@ def reduce_scatter(tensor: Tensor, *, group: Group, dim: int = 0) -> Tensor:
         raise ValueError(
             f"reduce_scatter: size {tensor.shape[dim]} of dim {dim} is not divisible by world_size={group.world_size}"
         )
-    record("reduce_scatter", tensor)
+    record("reduce_scatter", tensor, group.world_size, 1 - 1 / group.world_size)
     slices = torch.stack(tensor.chunk(group.world_size, dim))
     if group.reduce_order == "tree":
         return tree_sum(_exchange(slices, group).unbind(0))
     out = torch.empty_like(slices[0])
-    _reduce_scatter_flat(out.view(-1), slices.view(-1), group=group.pg)
+    _call("reduce_scatter", tensor, group, _reduce_scatter_flat, out.view(-1), slices.view(-1))
     return out
 
 
@@ -68,30 +76,49 @@ def broadcast(tensor: Tensor, *, group: Group, src: int = 0) -> Tensor:
     check_rank(src, group.world_size, name="src")
     if group.world_size == 1:
         return tensor
-    record("broadcast", tensor)
+    record("broadcast", tensor, group.world_size, 1 - 1 / group.world_size)
     out = tensor.clone(memory_format=torch.contiguous_format)
-    dist.broadcast(out, group=group.pg, group_src=src)
+    _call("broadcast", tensor, group, dist.broadcast, out, group_src=src)
     return out
 
 
 def barrier(group: Group) -> None:
     """Wait until every rank of ``group`` has arrived."""
     if group.world_size > 1:
-        dist.barrier(group=group.pg)
+        nothing = torch.empty(0)
+        record("barrier", nothing, group.world_size, 0)
+        _call("barrier", nothing, group, dist.barrier)
+
+
+def _call(name: str, tensor: Tensor, group: Group, function: Callable[..., Any], *args: Any, **options: Any) -> None:
+    """``function(*args, group=…)``; when it fails among real processes, the error names the missing ranks."""
+    if torch.compiler.is_compiling():
+        function(*args, group=group.pg, **options)
+        return
+    try:
+        function(*args, group=group.pg, **options)
+    except RuntimeError as error:
+        if names_faults(group.pg):
+            raise
+        raise explain(error, f"{name}({', '.join(specs([tensor]))})", group) from error
+
+
+DOOR = _call.__code__
+"""The code in which a rank waits for others."""
 
 
 def _gather_parts(tensor: Tensor, group: Group) -> Tensor:
     """``[*shape] -> [world_size, *shape]``."""
     flat = tensor.contiguous().view(-1)
     out = flat.new_empty(group.world_size * flat.numel())
-    _all_gather_flat(out, flat, group=group.pg)
+    _call("all_gather", tensor, group, _all_gather_flat, out, flat)
     return out.view(group.world_size, *tensor.shape)
 
 
 def _exchange(slices: Tensor, group: Group) -> Tensor:
     """``[world_size, *shape]``, entry ``r`` for rank ``r`` -> ``[world_size, *shape]``, entry ``r`` from rank ``r``."""
     out = torch.empty_like(slices)
-    dist.all_to_all_single(out.view(-1), slices.view(-1), group=group.pg)
+    _call("all_to_all", slices, group, dist.all_to_all_single, out.view(-1), slices.view(-1))
     return out
 
 

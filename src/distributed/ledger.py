@@ -1,26 +1,39 @@
-"""Counting what is sent. A ledger is active in the thread that entered it, and nowhere else."""
+"""Counting what is sent. A ledger is active in the thread that entered it, and nowhere else.
+
+Bytes on the wire are those that one of ``w`` ranks sends by the ring algorithms (Patarasuk and Yuan, 2009), for a
+payload of S bytes: all-reduce 2 (w - 1) / w S, all-gather (w - 1) S, reduce-scatter and broadcast (w - 1) / w S; a
+small all-reduce in tree order gathers all terms, (w - 1) S.
+"""
 
 from __future__ import annotations
 
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Phase = Literal["forward", "backward"]
+from .origin import ModuleTracker, Phase
+
 _ledgers: ContextVar[tuple[Ledger, ...]] = ContextVar("isoshard_ledgers", default=())
 
 
 @dataclass(frozen=True)
 class Record:
-    """One collective as this rank called it. ``payload_bytes`` is the size of this rank's input."""
+    """One collective as this rank called it, in a group of ``world_size``.
+
+    ``payload_bytes`` is the size of this rank's input, ``wire_bytes`` what this rank sends.
+    """
 
     op: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     payload_bytes: int
+    wire_bytes: int
+    world_size: int
+    module: str
+    site: str
     phase: Phase
 
 
@@ -34,29 +47,50 @@ class Ledger:
 
     def __init__(self) -> None:
         self.records: list[Record] = []
+        self._modules = ModuleTracker()
 
     def __enter__(self) -> Ledger:
         self._token: Token[tuple[Ledger, ...]] = _ledgers.set((*_ledgers.get(), self))
+        # Backward on a GPU runs in a thread of its own, where this ledger would not be seen.
+        self._one_thread: Any = torch.autograd.set_multithreading_enabled(False)
+        self._modules.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._modules.stop()
+        self._one_thread.__exit__(*exc)
         _ledgers.reset(self._token)
 
-    def count(self, op: str | None = None, phase: Phase | None = None) -> int:
-        """Number of collectives, of one ``op`` and one ``phase`` where given."""
-        return sum((op is None or r.op == op) and (phase is None or r.phase == phase) for r in self.records)
+    def count(self, op: str | None = None, phase: Phase | None = None, module: str | None = None) -> int:
+        """Number of collectives, of one ``op``, ``phase`` and ``module`` (or modules below it) where given."""
+        return sum(
+            (op is None or r.op == op)
+            and (phase is None or r.phase == phase)
+            and (module is None or r.module == module or r.module.startswith(f"{module}."))
+            for r in self.records
+        )
+
+    def add(self, op: str, tensor: Tensor, world_size: int, wire: float) -> None:
+        """Enter one collective, of which this rank sends ``wire`` times the size of ``tensor``."""
+        origin = self._modules.origin()
+        self.records.append(
+            Record(
+                op,
+                tensor.dtype,
+                tuple(tensor.shape),
+                tensor.nbytes,
+                round(wire * tensor.nbytes),
+                world_size,
+                origin.module,
+                origin.site,
+                origin.phase,
+            )
+        )
 
 
-def in_backward() -> bool:
-    """Whether autograd is running a backward pass in this thread."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def record(op: str, tensor: Tensor) -> None:
+def record(op: str, tensor: Tensor, world_size: int, wire: float) -> None:
     """Enter a collective into every active ledger."""
     if torch.compiler.is_compiling():
         return
     for ledger in _ledgers.get():
-        ledger.records.append(
-            Record(op, tensor.dtype, tuple(tensor.shape), tensor.nbytes, "backward" if in_backward() else "forward")
-        )
+        ledger.add(op, tensor, world_size, wire)

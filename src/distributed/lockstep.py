@@ -6,24 +6,29 @@ needs no lock, and what is global to the process (its random states) can belong 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
-import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
+from . import faults
 from .group import ReduceOrder
+from .in_flight import InFlight
+from .meeting import Action, Key, Meeting, Meetings, Message, Waitable
+from .origin import ModuleTracker, call_site, importing
+from .rank_state import RankState
+from .signature import Call, Signature, agree
 
 PATIENCE = 5.0
-"""Seconds that interrupted ranks are given to reach their next collective, where they end."""
+"""Seconds that interrupted ranks are given to unwind."""
 
-_LIBRARY = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep)
+IDLE_POLLS = 100
+"""Times that each rank may ask whether a call is complete while nothing happens; then it asks for ever."""
 
 
 class SimulationError(RuntimeError):
@@ -34,32 +39,17 @@ class RankAborted(SimulationError):
     """Raised in the other ranks after a fault, so that they unwind."""
 
 
-class ProcessState:
-    """What is global to the process but belongs to the rank that runs: random states and the default dtype."""
-
-    def __init__(self) -> None:
-        self._torch = torch.get_rng_state()
-        self._numpy: Any = np.random.get_state()
-        self._python = random.getstate()
-        self._dtype = torch.get_default_dtype()
-
-    def restore(self) -> None:
-        """Make these the current states of the process."""
-        torch.set_rng_state(self._torch)
-        np.random.set_state(self._numpy)
-        random.setstate(self._python)
-        torch.set_default_dtype(self._dtype)
-
-
 class RankThread(threading.Thread):
     """The thread of one simulated rank."""
 
-    def __init__(self, lockstep: Lockstep, rank: int, body: Callable[[int], Any]) -> None:
+    def __init__(self, lockstep: Lockstep, rank: int, body: Callable[[int], Any], state: RankState) -> None:
         super().__init__(name=f"simulated rank {rank}", daemon=True)
-        self.lockstep, self.rank, self.body = lockstep, rank, body
+        self.lockstep, self.rank, self.body, self.state = lockstep, rank, body, state
         self.turn = threading.Semaphore(0)
-        self.state = ProcessState()
-        self.waits_for: Meeting | None = None
+        self.waits_for: Waitable | None = None
+        self.polls: Waitable | None = None
+        self.last_call: Call | None = None
+        self.in_flight = InFlight(lockstep.read_too_early)
         self.groups_created: dict[tuple[int, ...], int] = {}
         self.ended = False
         self.over = threading.Event()
@@ -72,121 +62,138 @@ class RankThread(threading.Thread):
         except RankAborted:
             pass
         except BaseException as error:
-            self.lockstep.fail(f"rank {self.rank} raised {type(error).__name__}: {error}", error)
+            self.lockstep.fail(faults.raised(self.rank, error, self.lockstep.threads), error)
         self.ended = True
         self.lockstep.hand_over()
         self.over.set()
 
-    def wait_for(self, meeting: Meeting) -> None:
-        """Let the other ranks run until ``meeting`` is complete."""
-        if not meeting.complete:
-            self.waits_for = meeting
-            self.state = ProcessState()
-            self.lockstep.hand_over()
-            self._take_turn()
+    def wait_for(self, what: Waitable) -> None:
+        """Let the other ranks run until ``what`` is complete."""
+        if not what.complete:
+            self.waits_for = what
+            self.yield_turn()
             self.waits_for = None
-        if not meeting.complete:
-            raise RankAborted(f"rank {self.rank} stopped at {meeting.calls[self.rank]}: {self.lockstep.error}")
+        if not what.complete:
+            raise RankAborted(f"rank {self.rank} stopped at {what.waiting(self.rank)}: {self.lockstep.error}")
+
+    def poll(self, what: Waitable) -> bool:
+        """Whether ``what`` is complete; if not, the others run for a while."""
+        if not what.complete:
+            self.polls = what
+            self.lockstep.note_poll()
+            self.yield_turn()
+            self.polls = None
+            if self.lockstep.error is not None:
+                raise RankAborted(f"rank {self.rank} stopped: {self.lockstep.error}")
+        return what.complete
+
+    def yield_turn(self) -> None:
+        """Let other ranks run, and come back."""
+        self.state.save()
+        self.lockstep.hand_over()
+        self._take_turn()
 
     def _take_turn(self) -> None:
         self.turn.acquire()
+        self.lockstep.running = self
         self.state.restore()
 
 
-@dataclass(frozen=True)
-class Call:
-    """One rank's part of a collective: what it asks for, its tensors, and where it was called."""
-
-    signature: tuple[Any, ...]
-    payload: Any
-    site: str
-
-    def __str__(self) -> str:
-        name, *details = self.signature
-        return f"{name}({', '.join(map(str, details))}) at {self.site}"
-
-
-@dataclass
-class Meeting:
-    """The k-th collective of one group: complete when every member has called it."""
-
-    group: str
-    index: int
-    members: tuple[int, ...]
-    calls: dict[int, Call] = field(default_factory=dict)
-    complete: bool = False
-
-    def __str__(self) -> str:
-        return f"collective {self.index} of group {self.group} {list(self.members)}"
-
-    def describe(self) -> str:
-        """One line per rank that has arrived."""
-        return "\n".join(f"  rank {rank}: {call}" for rank, call in sorted(self.calls.items()))
-
-
 class Lockstep:
-    """Runs one body per rank, in turns, and lets ranks meet in collectives."""
+    """Runs one body per rank, in turns, and lets ranks meet.
 
-    def __init__(self, world_size: int, defaults: tuple[int | None, ReduceOrder] = (None, "backend")) -> None:
-        self.world_size, self.defaults = world_size, defaults
+    ``schedule`` chooses the next rank, and hands over at every call, too; None is the order of ranks.
+    """
+
+    def __init__(
+        self,
+        world_size: int,
+        defaults: tuple[int | None, ReduceOrder] = (None, "backend"),
+        schedule: random.Random | None = None,
+    ) -> None:
+        self.world_size, self.defaults, self.schedule = world_size, defaults, schedule
         self.error: SimulationError | None = None
         self.threads: list[RankThread] = []
-        self._meetings: dict[tuple[str, tuple[int, ...], int], Meeting] = {}
-        self._counts: dict[tuple[str, tuple[int, ...], int], int] = {}
+        self.running: RankThread | None = None
+        self.modules = ModuleTracker()
+        self.store: dict[str, bytes] = {}
+        self._meetings = Meetings()
+        self._idle_polls = 0
+        self._process = os.getpid()
 
-    def run(self, body: Callable[[int], Any]) -> list[Any]:
+    def run(self, body: Callable[[int], Any], states: Sequence[RankState] | None = None) -> list[Any]:
         """``body(rank)`` for every rank; results in rank order. Raises SimulationError if any rank fails."""
-        before = ProcessState()
-        self.threads = [RankThread(self, rank, body) for rank in range(self.world_size)]
+        before = RankState()
+        states = states or [RankState() for _ in range(self.world_size)]
+        self.threads = [RankThread(self, rank, body, state) for rank, state in enumerate(states)]
+        self.modules.start()
         try:
             for thread in self.threads:
                 thread.start()
-            self.threads[0].turn.release()
+            self._next(self.threads).turn.release()
             for thread in self.threads:
                 thread.over.wait()
         except BaseException as error:
-            self.fail(f"interrupted by {type(error).__name__}", error)
-            deadline = time.monotonic() + PATIENCE
-            for thread in self.threads:
-                thread.over.wait(timeout=max(deadline - time.monotonic(), 0))
+            self._interrupt(error)
             raise
         finally:
+            self.modules.stop()
             before.restore()
+        if self.error is None and (left := self._meetings.unfinished()):
+            self.fail(faults.left_open(left))
         if self.error is not None:
             raise self.error
         return [thread.result for thread in self.threads]
 
-    def current(self) -> RankThread:
-        """The rank that runs. Raises SimulationError in any other thread, and after the end."""
+    def current(self, what: str = "collective") -> RankThread:
+        """The rank that runs. Raises SimulationError in any other thread or process, and after the end."""
         thread = threading.current_thread()
-        if not isinstance(thread, RankThread) or thread.lockstep is not self:
-            raise SimulationError(f"collective called from thread {thread.name!r}, which is no rank of this simulation")
-        return thread
+        if isinstance(thread, RankThread) and thread.lockstep is self and os.getpid() == self._process:
+            return thread
+        text = f"{what} called from thread {thread.name!r}, which is no rank of this simulation, at {call_site()}"
+        if os.getpid() != self._process:
+            raise SimulationError(f"{what} called in a child process of a simulated rank, at {call_site()}")
+        if self.running is not None and not self.running.ended:
+            self.fail(f"{text}; rank {self.running.rank} was running")
+        raise SimulationError(text)
 
-    def meet(
-        self,
-        group: str,
-        members: tuple[int, ...],
-        signature: tuple[Any, ...],
-        payload: Any,
-        action: Callable[[list[Any]], None],
-    ) -> Meeting:
-        """Join this rank's next collective of ``group``; the last to arrive runs ``action`` on all payloads."""
-        me = self.current().rank
-        call = Call(signature, payload, _call_site())
+    def call(self, signature: Signature, payload: Any) -> Call:
+        """What this rank is about to do. Raises RankAborted after a fault, SimulationError where it would hang."""
+        thread = self.current(signature.op)
+        call = thread.last_call = Call(signature, self.modules.origin(), payload)
         if self.error is not None:
-            raise RankAborted(f"rank {me} stopped at {call}: {self.error}")
-        index = self._counts[group, members, me] = self._counts.get((group, members, me), 0) + 1
-        meeting = self._meetings.setdefault((group, members, index), Meeting(group, index, members))
-        meeting.calls[me] = call
-        if any(other.signature != signature for other in meeting.calls.values()):
-            raise self.fail(f"mismatched collectives ({meeting}):\n{meeting.describe()}")
-        if len(meeting.calls) == len(members):
-            del self._meetings[group, members, index]
-            with torch.no_grad():
-                action([meeting.calls[rank].payload for rank in members])
-            meeting.complete = True
+            raise RankAborted(f"rank {thread.rank} stopped at {call}: {self.error}")
+        if importing():
+            raise self.fail(
+                f"rank {thread.rank}: {call}, while a module is being imported; other ranks would wait for the "
+                "import lock for ever. Call it from a function that runs after the imports"
+            )
+        self._idle_polls = 0
+        return call
+
+    def meet(self, key: Key, signature: Signature, payload: Any, action: Action) -> Meeting:
+        """Join this rank's next collective of a group; the last to arrive runs ``action`` on all payloads."""
+        call = self.call(signature, payload)
+        thread = self.current()
+        meeting = self._meetings.join(key, thread.rank, call)
+        if not meeting.missing():
+            self._complete(key, meeting, action)
+        self._preempt(thread)
         return meeting
+
+    def send_or_receive(self, key: Key, message: Message) -> None:
+        """Post one side of a message, whose payload is a list of tensors; it is copied when both sides are there."""
+        found = self._meetings.post(key, message)
+        if found is not None:
+            sent, received = (message, found) if message.sends else (found, message)
+            if sent.call.signature.tensors != received.call.signature.tensors:
+                raise self.fail(faults.mismatched_message(sent, received))
+            with torch.no_grad():
+                for out, tensor in zip(received.call.payload, sent.call.payload, strict=True):
+                    out.copy_(tensor)
+            received.peer = sent.rank
+            sent.complete = received.complete = True
+        self._preempt(self.current())
 
     def fail(self, message: str, cause: BaseException | None = None) -> SimulationError:
         """Note the first fault; from now on every rank that waits is woken to unwind."""
@@ -195,34 +202,66 @@ class Lockstep:
             self.error.__cause__ = cause
         return self.error
 
+    def read_too_early(self, call: Call, operator: str) -> None:
+        """A rank used a tensor that a collective it has not waited for still writes."""
+        rank = self.current().rank
+        raise self.fail(
+            f"rank {rank}: {operator} at {call_site()} uses a buffer of {call.signature} before wait(); "
+            f"the call was made in {call.origin}"
+        )
+
+    def note_poll(self) -> None:
+        """Count questions that got no for an answer; too many, with nothing else going on, are a deadlock."""
+        self._idle_polls += 1
+        alive = [thread for thread in self.threads if not thread.ended]
+        if self._idle_polls > IDLE_POLLS * len(alive) and self.error is None:
+            self.fail(faults.deadlock(self.threads, self._meetings.disagreeing()))
+
     def hand_over(self) -> None:
         """Give the turn to the next rank that can run; when none can, all that wait are told why."""
         me = self.current().rank
         alive = [t for t in (*self.threads[me + 1 :], *self.threads[: me + 1]) if not t.ended]
-        if alive and self.error is None and not any(self._can_run(t) for t in alive):
-            self.fail(self._deadlock(alive))
-        for thread in alive:
-            if self.error is not None or self._can_run(thread):
-                thread.turn.release()
-                return
+        ready = [thread for thread in alive if self.error is not None or self._can_run(thread)]
+        if alive and not ready:
+            self.fail(faults.deadlock(self.threads, self._meetings.disagreeing()))
+            ready = alive
+        if ready:
+            self._next(ready).turn.release()
+
+    def _next(self, ready: Sequence[RankThread]) -> RankThread:
+        return ready[0] if self.schedule is None else self.schedule.choice(ready)
+
+    def _preempt(self, thread: RankThread) -> None:
+        if self.schedule is not None and self.schedule.random() < 0.5:
+            thread.yield_turn()
 
     def _can_run(self, thread: RankThread) -> bool:
         return thread.waits_for is None or thread.waits_for.complete
 
-    def _deadlock(self, alive: list[RankThread]) -> str:
-        lines = []
-        for thread in sorted(alive, key=lambda t: t.rank):
-            meeting = thread.waits_for
-            assert meeting is not None
-            missing = [rank for rank in meeting.members if rank not in meeting.calls]
-            lines.append(f"  rank {thread.rank}: {meeting.calls[thread.rank]}; {meeting} lacks ranks {missing}")
-        returned = [thread.rank for thread in self.threads if thread.ended]
-        ended = f"; ranks {returned} have already returned" if returned else ""
-        return f"deadlock: every running rank waits{ended}\n" + "\n".join(lines)
+    def _complete(self, key: Key, meeting: Meeting, action: Action) -> None:
+        if not agree(meeting.calls):
+            raise self.fail(faults.mismatch(meeting))
+        before = self._meetings.crossed(key, meeting)
+        if before is not None:
+            raise self.fail(faults.crossed(before, meeting))
+        try:
+            with torch.no_grad():
+                action([meeting.calls[rank].payload for rank in meeting.members])
+        except Exception as error:
+            raise self.fail(faults.impossible(meeting, error), error) from error
+        meeting.complete = True
 
-
-def _call_site() -> str:
-    frame = sys._getframe(2)
-    while frame.f_code.co_filename.startswith(_LIBRARY) and frame.f_back is not None:
-        frame = frame.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    def _interrupt(self, error: BaseException) -> None:
+        """End all ranks: those that wait are woken, and one that computes is made to raise."""
+        running = self.running
+        where = "" if running is None or running.ended else f" while {faults.whereabouts(running)}"
+        self.fail(f"interrupted by {type(error).__name__}{where}", error)
+        deadline = time.monotonic() + PATIENCE
+        for thread in self.threads:
+            thread.over.wait(timeout=max(deadline - time.monotonic(), 0) / 2)
+        if running is not None and running.ident is not None and not running.ended:
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(running.ident), ctypes.py_object(RankAborted))
+        for thread in self.threads:
+            thread.over.wait(timeout=max(deadline - time.monotonic(), 0))
+        if where and not isinstance(error, KeyboardInterrupt):
+            error.add_note(f"rank {where.removeprefix(' while rank ')}")

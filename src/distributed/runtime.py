@@ -8,9 +8,17 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
+from . import checked
+from .collectives import DOOR
+from .failure import postpone_sigterm, set_timeout
 from .group import Group, ReduceOrder
 from .lockstep import RankThread
+
+START = timedelta(minutes=5)
+GLOO_TIMEOUT = "8"  # with the roll call a stalled rank is named within 10 s
 
 
 def init(
@@ -20,11 +28,15 @@ def init(
     num_shards: int | None = None,
     reduce_order: ReduceOrder = "backend",
     timeout: timedelta | None = None,
+    check: bool | None = None,
 ) -> Group:
     """The Group of this process: over the default group where there is one, else over the one torchrun describes.
 
     Started by neither torchrun nor ``simulate`` it is a world of one. ``backend`` defaults to nccl on GPUs and
-    gloo elsewhere.
+    gloo elsewhere. A collective fails after ``timeout``, naming the ranks that did not come (default:
+    ISOSHARD_TIMEOUT seconds, else 8 s on gloo and torch's own on nccl, where the clock starts when a call is
+    queued); where some ranks work for longer while others wait, use ``long_wait``. With ``check`` (default: whether
+    ISOSHARD_CHECK is 1) ranks compare every call before they make it.
 
     Raises ValueError when WORLD_SIZE is above 1 and RANK is unset.
     """
@@ -33,12 +45,34 @@ def init(
             place = local_device(device)
             if place.type == "cuda":
                 torch.cuda.set_device(place)
-            dist.init_process_group(backend or ("nccl" if place.type == "cuda" else "gloo"), timeout=timeout)
+            check = os.environ.get("ISOSHARD_CHECK") == "1" if check is None else check
+            _join(backend or ("nccl" if place.type == "cuda" else "gloo"), timeout, check)
         elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError(
                 f"WORLD_SIZE={os.environ['WORLD_SIZE']} but RANK is not set; start the program with torchrun"
             )
     return Group(num_shards=num_shards, reduce_order=reduce_order)
+
+
+def _join(backend: str, timeout: timedelta | None, check: bool) -> None:
+    """Make the default group. Ranks may start as far apart as START allows; the timeout holds from then on."""
+    store, rank, world_size = next(rendezvous("env://", timeout=START))
+    # After a restart torchrun's store still holds what the failed attempt left there.
+    store = PrefixStore(f"isoshard-attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    if timeout is None and (backend == "gloo" or "ISOSHARD_TIMEOUT" in os.environ):
+        timeout = timedelta(seconds=float(os.environ.get("ISOSHARD_TIMEOUT", GLOO_TIMEOUT)))
+    checks = checked.Checks(backend, store, timeout or START) if check else None
+    if check:
+        checked.register_backend()
+    name = checked.BACKEND if check else backend
+    dist.init_process_group(
+        name, store=store, rank=rank, world_size=world_size, timeout=START if backend == "gloo" else timeout,
+        pg_options=checks,
+    )  # fmt: skip
+    if timeout is not None:
+        set_timeout(dist.group.WORLD, timeout)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        postpone_sigterm(DOOR)
 
 
 def local_device(device: str | torch.device | None = None) -> torch.device:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import random
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -14,21 +14,14 @@ from torch import Tensor
 
 from ..sharding import check_num_shards
 from .group import Group, ReduceOrder
-from .lockstep import Lockstep, Meeting, RankThread, SimulationError
-from .reduction import ring_sum
+from .lockstep import Lockstep, RankThread, SimulationError
+from .meeting import Message, Waitable
+from .origin import called_by_torch_api
+from .signature import Signature, specs
+from .signed_group import SignedProcessGroup
+from .simulated_collectives import ACTIONS
 
 BACKEND = "isoshard_simulated"
-
-_REDUCTIONS: dict[str, Callable[[list[Tensor]], Tensor]] = {
-    "SUM": ring_sum,
-    "AVG": lambda terms: ring_sum(terms) / len(terms),
-    "PRODUCT": functools.partial(functools.reduce, torch.mul),
-    "MAX": functools.partial(functools.reduce, torch.maximum),
-    "MIN": functools.partial(functools.reduce, torch.minimum),
-    "BAND": functools.partial(functools.reduce, torch.bitwise_and),
-    "BOR": functools.partial(functools.reduce, torch.bitwise_or),
-    "BXOR": functools.partial(functools.reduce, torch.bitwise_xor),
-}
 
 
 def simulate(
@@ -37,16 +30,18 @@ def simulate(
     *args: Any,
     num_shards: int | None = None,
     reduce_order: ReduceOrder = "backend",
+    schedule_seed: int | None = None,
 ) -> list[Any]:
     """Run ``program(group, *args)`` as ``world_size`` ranks in this process; the results in rank order.
 
     Inside, the default process group, ``dist.get_rank()`` and ``group=`` arguments are the simulated ones, and each
     rank has its own torch, numpy and python random state. The process is left as it was found. With ``num_shards``
-    given, the intra-op thread count is 1 meanwhile, as it is under torchrun.
+    given, the intra-op thread count is 1 meanwhile, as it is under torchrun. Ranks run in rank order, each until it
+    has to wait; ``schedule_seed`` shuffles that, the same way for the same seed.
 
     Raises ValueError for sizes that do not fit, SimulationError (with the cause chained) when a rank raises, when
-    ranks call different collectives or wait for each other for ever, and RuntimeError inside another simulation or
-    beside a real process group.
+    ranks call different collectives, wait for each other for ever, or use a buffer before ``wait()``, and
+    RuntimeError inside another simulation or beside a real process group.
     """
     if world_size < 1:
         raise ValueError(f"world_size={world_size} must be at least 1")
@@ -57,16 +52,14 @@ def simulate(
         raise RuntimeError("simulate() needs a process without a default process group; destroy it first")
 
     threads, hook = torch.get_num_threads(), sys.excepthook
+    schedule = None if schedule_seed is None else random.Random(schedule_seed)
+    lockstep = Lockstep(world_size, (num_shards, reduce_order), schedule)
 
     def body(rank: int) -> Any:
-        # OpenMP keeps a thread count for each thread: a new one would compute with all cores, whatever torch reports.
-        torch.set_num_threads(1 if num_shards is not None else threads)
-        # With several ranks on one GPU autograd's device thread would serve them all, and a collective never meet.
-        with torch.autograd.set_multithreading_enabled(False):
+        with rank_settings(1 if num_shards is not None else threads):
             return program(Group(num_shards=num_shards, reduce_order=reduce_order), *args)
 
-    lockstep = Lockstep(world_size, (num_shards, reduce_order))
-    dist.Backend.register_backend(BACKEND, _create_group, extended_api=True, devices=["cpu", "cuda"])
+    register_backend()
     dist.init_process_group(BACKEND, rank=0, world_size=world_size, store=dist.HashStore(), pg_options=lockstep)
     try:
         # A compiled graph would carry the constants of one rank, such as its number, into another.
@@ -77,6 +70,21 @@ def simulate(
         if dist.is_initialized():
             dist.destroy_process_group()
         sys.excepthook = hook
+
+
+def rank_settings(threads: int) -> Any:
+    """What holds in the thread of a rank alone, as a context manager.
+
+    OpenMP keeps a thread count for each thread: a new one would compute with all cores, whatever torch reports.
+    With several ranks on one GPU autograd's device thread would serve them all, and a collective never meet.
+    """
+    torch.set_num_threads(threads)
+    return torch.autograd.set_multithreading_enabled(False)
+
+
+def register_backend() -> None:
+    """Make the simulated backend known to torch."""
+    dist.Backend.register_backend(BACKEND, _create_group, extended_api=True, devices=["cpu", "cuda"])
 
 
 def _create_group(options: Any, lockstep: Lockstep | None) -> SimulatedProcessGroup:
@@ -92,35 +100,46 @@ def _create_group(options: Any, lockstep: Lockstep | None) -> SimulatedProcessGr
 
 
 class SimulatedWork(dist.Work):
-    """The handle of one rank's part of a collective."""
+    """The handle of one rank's part of a call."""
 
-    def __init__(self, thread: RankThread, meeting: Meeting, outputs: Any) -> None:
+    def __init__(self, thread: RankThread, what: Waitable, outputs: Sequence[Tensor]) -> None:
         super().__init__()
-        self._thread, self._meeting, self._outputs = thread, meeting, outputs
+        self._thread, self._what, self._outputs = thread, what, outputs
 
     def wait(self, timeout: Any = None) -> bool:
-        self._thread.wait_for(self._meeting)
+        self._thread.wait_for(self._what)
+        self._thread.in_flight.remove(self)
         return True
 
     def is_completed(self) -> bool:
-        return self._meeting.complete
+        complete = self._thread.poll(self._what)
+        if complete:
+            self._thread.in_flight.remove(self)
+        return complete
 
     def get_future(self) -> Any:
         self.wait()
         future: Any = torch.futures.Future()
-        future.set_result(self._outputs)
+        future.set_result(list(self._outputs))
         return future
 
+    def source_rank(self) -> int:
+        """The rank in the group from which a message came."""
+        message = self._what
+        assert isinstance(message, Message) and message.peer is not None
+        return message.members.index(message.peer)
 
-class SimulatedProcessGroup(dist.ProcessGroup):
-    """A group of simulated ranks. The default group is one object for all; its ``rank()`` is that of the caller.
+    _source_rank = source_rank
 
-    Sums have the bits of gloo's all-reduce. Outputs are copies: no rank ever sees another rank's memory.
-    """
+
+class SimulatedProcessGroup(SignedProcessGroup):
+    """A group of simulated ranks. The default group of ``simulate`` is one object; its ``rank()`` is the caller's."""
+
+    names_faults = True
 
     def __init__(self, lockstep: Lockstep, ranks: tuple[int, ...], label: str, name: str) -> None:
         super().__init__(0, len(ranks))
-        self.lockstep, self.ranks, self.label, self._name = lockstep, ranks, label, name
+        self.lockstep, self.ranks, self.key, self._name = lockstep, ranks, (label, ranks), name
         if len(ranks) == lockstep.world_size:
             self.defaults = lockstep.defaults
 
@@ -140,152 +159,34 @@ class SimulatedProcessGroup(dist.ProcessGroup):
     def shutdown(self) -> None:
         """Nothing to release."""
 
-    def _post(
-        self, signature: tuple[Any, ...], payload: Any, action: Callable[[list[Any]], None], outputs: Any
+    def _run(
+        self, method: str, signature: Signature, args: tuple[Any, ...], outputs: Sequence[Tensor], opts: Any
     ) -> SimulatedWork:
+        meeting = self.lockstep.meet(self.key, signature, args, lambda calls: ACTIONS[method](calls, opts))
+        return self._work(meeting, outputs, getattr(opts, "asyncOp", False), by_reading=False)
+
+    def send(self, tensors: list[Tensor], destination: int, tag: int) -> SimulatedWork:
+        return self._message(True, tensors, self.ranks[destination], tag)
+
+    def recv(self, tensors: list[Tensor], source: int, tag: int) -> SimulatedWork:
+        return self._message(False, tensors, self.ranks[source], tag)
+
+    def recv_anysource(self, tensors: list[Tensor], tag: int) -> SimulatedWork:
+        return self._message(False, tensors, None, tag)
+
+    recvAnysource = recv_anysource
+
+    def _message(self, sends: bool, tensors: list[Tensor], peer: int | None, tag: int) -> SimulatedWork:
+        call = self.lockstep.call(Signature("send" if sends else "recv", None, None, specs(tensors)), tensors)
+        message = Message(sends, self.lockstep.current().rank, peer, tag, self.ranks, call)
+        self.lockstep.send_or_receive(self.key, message)
+        return self._work(message, tensors, True, by_reading=sends)
+
+    def _work(self, what: Waitable, buffers: Sequence[Tensor], is_async: bool, *, by_reading: bool) -> SimulatedWork:
         thread = self.lockstep.current()
-        meeting = self.lockstep.meet(self.label, self.ranks, signature, payload, action)
-        return SimulatedWork(thread, meeting, outputs)
-
-    def barrier(self, opts: Any = None) -> SimulatedWork:
-        return self._post(("barrier",), None, lambda payloads: None, [])
-
-    def allreduce(self, tensors: list[Tensor], opts: Any = None) -> SimulatedWork:
-        op = _op_name(opts)
-
-        def action(payloads: list[list[Tensor]]) -> None:
-            for terms in zip(*payloads, strict=True):
-                _copy_to_all(terms, _reduce(op, terms))
-
-        return self._post(("all_reduce", op, *_specs(tensors)), tensors, action, tensors)
-
-    allreduce_coalesced = allreduce
-
-    def reduce(self, tensors: list[Tensor], opts: Any) -> SimulatedWork:
-        op, root = _op_name(opts), opts.rootRank
-
-        def action(payloads: list[list[Tensor]]) -> None:
-            payloads[root][0].copy_(_reduce(op, [tensors[0] for tensors in payloads]))
-
-        return self._post(("reduce", op, f"root={root}", *_specs(tensors)), tensors, action, tensors)
-
-    def broadcast(self, tensors: list[Tensor], opts: Any) -> SimulatedWork:
-        root = opts.rootRank
-
-        def action(payloads: list[list[Tensor]]) -> None:
-            for copies in zip(*payloads, strict=True):
-                _copy_to_all(copies, copies[root].clone())
-
-        return self._post(("broadcast", f"root={root}", *_specs(tensors)), tensors, action, tensors)
-
-    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> SimulatedWork:
-        def action(payloads: list[tuple[list[list[Tensor]], list[Tensor]]]) -> None:
-            for received, _ in payloads:
-                for out, (_, sent) in zip(received[0], payloads, strict=True):
-                    _deliver("all_gather", sent[0], out)
-
-        return self._post(("all_gather", *_specs(inputs)), (outputs, inputs), action, outputs)
-
-    def all_gather_single_coalesced(
-        self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None
-    ) -> SimulatedWork:
-        def action(payloads: list[tuple[list[Tensor], list[Tensor]]]) -> None:
-            for i in range(len(inputs)):
-                whole = torch.cat([sent[i].reshape(-1) for _, sent in payloads])
-                for received, _ in payloads:
-                    received[i].copy_(whole.view(received[i].shape))
-
-        return self._post(("all_gather", *_specs([*outputs, *inputs])), (outputs, inputs), action, outputs)
-
-    def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> SimulatedWork:
-        return self.all_gather_single_coalesced([output], [input])
-
-    def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> SimulatedWork:
-        op = _op_name(opts)
-
-        def action(payloads: list[tuple[list[Tensor], list[list[Tensor]]]]) -> None:
-            for rank, (received, _) in enumerate(payloads):
-                _deliver("reduce_scatter", _reduce(op, [sent[0][rank] for _, sent in payloads]), received[0])
-
-        return self._post(("reduce_scatter", op, *_specs(outputs)), (outputs, inputs), action, outputs)
-
-    def reduce_scatter_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any) -> SimulatedWork:
-        op = _op_name(opts)
-
-        def action(payloads: list[tuple[list[Tensor], list[Tensor]]]) -> None:
-            for i in range(len(inputs)):
-                total = _reduce(op, [sent[i].reshape(-1) for _, sent in payloads]).chunk(len(payloads))
-                for (received, _), share in zip(payloads, total, strict=True):
-                    received[i].copy_(share.view(received[i].shape))
-
-        return self._post(("reduce_scatter", op, *_specs([*outputs, *inputs])), (outputs, inputs), action, outputs)
-
-    def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any) -> SimulatedWork:
-        return self.reduce_scatter_single_coalesced([output], [input], opts)
-
-    def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> SimulatedWork:
-        def action(payloads: list[tuple[list[Tensor], list[Tensor]]]) -> None:
-            for rank, (received, _) in enumerate(payloads):
-                for out, (_, sent) in zip(received, payloads, strict=True):
-                    _deliver("all_to_all", sent[rank], out)
-
-        return self._post(("all_to_all", inputs[0].dtype), (outputs, inputs), action, outputs)
-
-    def all_to_all_single(
-        self, output: Tensor, input: Tensor, output_splits: list[int], input_splits: list[int], opts: Any = None
-    ) -> SimulatedWork:
-        def cut(tensor: Tensor, splits: list[int]) -> list[Tensor]:
-            return list(tensor.split(splits or [tensor.shape[0] // len(self.ranks)] * len(self.ranks)))
-
-        return self.alltoall(cut(output, output_splits), cut(input, input_splits), opts)
-
-    def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any) -> SimulatedWork:
-        root = opts.rootRank
-
-        def action(payloads: list[tuple[list[list[Tensor]], list[Tensor]]]) -> None:
-            for out, (_, sent) in zip(payloads[root][0][0], payloads, strict=True):
-                _deliver("gather", sent[0], out)
-
-        return self._post(("gather", f"root={root}", *_specs(inputs)), (outputs, inputs), action, outputs)
-
-    def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> SimulatedWork:
-        root = opts.rootRank
-
-        def action(payloads: list[tuple[list[Tensor], list[list[Tensor]]]]) -> None:
-            for (received, _), sent in zip(payloads, payloads[root][1][0], strict=True):
-                _deliver("scatter", sent, received[0])
-
-        return self._post(("scatter", f"root={root}", *_specs(outputs)), (outputs, inputs), action, outputs)
-
-    # Names that torch before 2.13 calls.
-    _allgather_base = all_gather_single
-    _reduce_scatter_base = reduce_scatter_single
-    alltoall_base = all_to_all_single
-    allgather_into_tensor_coalesced = all_gather_single_coalesced
-    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
-
-
-def _op_name(opts: Any) -> str:
-    op = dist.ReduceOp.SUM if opts is None else opts.reduceOp
-    return str(getattr(op, "op", op)).rsplit(".", 1)[-1]
-
-
-def _specs(tensors: Sequence[Tensor]) -> tuple[str, ...]:
-    return tuple(f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}" for tensor in tensors)
-
-
-def _reduce(op: str, terms: Sequence[Tensor]) -> Tensor:
-    if op not in _REDUCTIONS:
-        raise SimulationError(f"reduce-op {op} is not simulated; choose one of {', '.join(_REDUCTIONS)}")
-    return _REDUCTIONS[op](list(terms))
-
-
-def _deliver(name: str, sent: Tensor, out: Tensor) -> None:
-    if sent.numel() != out.numel():
-        raise SimulationError(f"{name}: a tensor {list(sent.shape)} was sent where {list(out.shape)} is received")
-    out.copy_(sent.view(out.shape))
-
-
-def _copy_to_all(outputs: Sequence[Tensor], value: Tensor) -> None:
-    for out in outputs:
-        out.copy_(value)
+        work = SimulatedWork(thread, what, buffers)
+        # C++ (DDP, functional collectives) waits by itself.
+        if is_async and buffers and called_by_torch_api():
+            assert thread.last_call is not None
+            thread.in_flight.add(work, thread.last_call, buffers, by_reading=by_reading)
+        return work

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed.group import group_or_single
-from ..distributed.ledger import in_backward
+from ..distributed.origin import in_backward
 from ..distributed.regions import join_shards, split_shards
 from ..sharding import MAX_SHARDS
 

@@ -1,0 +1,109 @@
+"""What one rank asks of a collective, and in which words two ranks disagree about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from .origin import Origin
+
+
+@dataclass(frozen=True)
+class Signature:
+    """All that the ranks of a group must agree on. ``tensors`` are dtype and shape, such as ``float32[2, 8]``."""
+
+    op: str
+    reduce_op: str | None = None
+    root: int | None = None
+    tensors: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        root = () if self.root is None else (f"root={self.root}",)
+        return f"{self.op}({', '.join((*filter(None, [self.reduce_op]), *root, *self.tensors))})"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One rank's part of a collective, and where it was called."""
+
+    signature: Signature
+    origin: Origin
+    payload: Any = None
+
+    def __str__(self) -> str:
+        return f"{self.signature} {self.origin}"
+
+
+def specs(tensors: Sequence[Tensor]) -> tuple[str, ...]:
+    """Dtype and shape of each tensor."""
+    return tuple(f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}" for tensor in tensors)
+
+
+def reduce_op_name(opts: Any) -> str:
+    """The name of the reduction that a call's options ask for: SUM, MAX, …"""
+    op = dist.ReduceOp.SUM if opts is None else opts.reduceOp
+    return str(getattr(op, "op", op)).rsplit(".", 1)[-1]
+
+
+def agree(calls: Mapping[int, Call]) -> bool:
+    """Whether all ranks ask for the same."""
+    first = next(iter(calls.values())).signature
+    return all(call.signature is first or call.signature == first for call in calls.values())
+
+
+def describe_mismatch(calls: Mapping[int, Call], where: str) -> str:
+    """The sentence for ranks that do not agree, with a line for each kind of call."""
+    return f"mismatched collectives ({where}), {_difference(calls)}:\n{list_calls(calls)}"
+
+
+def in_opposite_order(before: Mapping[int, Call], after: Mapping[int, Call]) -> bool:
+    """Whether of two calls of one kind, made one after the other, some ranks made the second first."""
+    pairs = {(before[rank].origin.site, after[rank].origin.site) for rank in before}
+    moves_data = next(iter(after.values())).signature.op != "barrier"
+    return moves_data and any(a != b and (b, a) in pairs for a, b in pairs)
+
+
+def describe_crossing(before: Mapping[int, Call], after: Mapping[int, Call], first: str, second: str) -> str:
+    """The sentence for ranks that called ``first`` and ``second`` in opposite orders."""
+    return (
+        "collectives in different order on different ranks: each rank met the other call's data\n"
+        f"{first}:\n{list_calls(before)}\n{second}:\n{list_calls(after)}"
+    )
+
+
+def list_calls(calls: Mapping[int, Call]) -> str:
+    """One line for each group of ranks that call the same from the same place; the most frequent first."""
+    ranks: dict[str, list[int]] = {}
+    for rank, call in sorted(calls.items()):
+        ranks.setdefault(str(call), []).append(rank)
+    lines = sorted(ranks.items(), key=lambda item: -len(item[1]))
+    return "\n".join(f"  {name_ranks(members)}: {text}" for text, members in lines)
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
+    """``rank 3`` or ``ranks 0, 2-5``."""
+    parts: list[str] = []
+    start = 0
+    for i, rank in enumerate(ranks):
+        if i + 1 == len(ranks) or ranks[i + 1] != rank + 1:
+            run = ranks[start : i + 1]
+            parts += [f"{run[0]}-{run[-1]}"] if len(run) > 2 else map(str, run)
+            start = i + 1
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(parts)}"
+
+
+def _difference(calls: Mapping[int, Call]) -> str:
+    signatures = [call.signature for call in calls.values()]
+    for name, values in (
+        ("operations", {s.op for s in signatures}),
+        ("reduce-ops", {s.reduce_op for s in signatures}),
+        ("roots", {s.root for s in signatures}),
+        ("dtypes", {tuple(spec.partition("[")[0] for spec in s.tensors) for s in signatures}),
+    ):
+        if len(values) > 1:
+            return f"different {name}"
+    return "different shapes"
