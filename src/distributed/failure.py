@@ -102,11 +102,11 @@ def long_wait(group: Group, seconds: float) -> Iterator[None]:
 
 
 def set_timeout(pg: Any, timeout: timedelta) -> None:
-    """How long a collective of the process group ``pg`` may take from now on."""
-    if names_faults(pg):
-        pg.checks.timeout = timeout
-    else:
+    """How long a collective of ``pg`` may take from now on; among simulated ranks time plays no part."""
+    if not names_faults(pg):
         distributed_c10d._set_pg_timeout(timeout, pg)
+    elif hasattr(pg, "checks"):
+        pg.checks.timeout = timeout
 
 
 def _timeout_of(pg: Any) -> timedelta:

@@ -32,7 +32,9 @@ IDLE_POLLS = 100
 
 
 class SimulationError(RuntimeError):
-    """A fault of the simulated program, named with its ranks and call sites."""
+    """A fault of the simulated program, named with its ranks and call sites; ``rank`` is where it was noticed."""
+
+    rank: int | None = None
 
 
 class RankAborted(SimulationError):
@@ -133,6 +135,7 @@ class Lockstep:
             self._next(self.threads).turn.release()
             for thread in self.threads:
                 thread.over.wait()
+                thread.join()
         except BaseException as error:
             self._interrupt(error)
             raise
@@ -200,14 +203,16 @@ class Lockstep:
         if self.error is None:
             self.error = SimulationError(message)
             self.error.__cause__ = cause
+            thread = threading.current_thread()
+            self.error.rank = thread.rank if isinstance(thread, RankThread) else None
         return self.error
 
     def read_too_early(self, call: Call, operator: str) -> None:
         """A rank used a tensor that a collective it has not waited for still writes."""
         rank = self.current().rank
         raise self.fail(
-            f"rank {rank}: {operator} at {call_site()} uses a buffer of {call.signature} before wait(); "
-            f"the call was made in {call.origin}"
+            f"rank {rank}: {operator} at {call_site()} uses a buffer of {call.signature} before wait():\n"
+            f"  rank {rank}: {call}"
         )
 
     def note_poll(self) -> None:

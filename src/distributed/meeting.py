@@ -15,7 +15,9 @@ Action = Callable[[list[Any]], None]
 class Waitable(Protocol):
     """What a rank can wait for."""
 
-    complete: bool
+    @property
+    def complete(self) -> bool:
+        """Whether the wait is over."""
 
     def missing(self) -> list[int]:
         """The ranks, any of which could complete it."""

@@ -106,3 +106,13 @@ def close() -> None:
 def cublas_workspace() -> str | None:
     """The setting on which cuBLAS's determinism rests."""
     return os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+
+
+def export_settings(*, check: bool, timeout: float | None) -> None:
+    """Leave what a launcher was asked for to the processes that it starts."""
+    # Without this a restarted attempt finds the keys of the failed one in torchrun's store, and hangs.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    if check:
+        os.environ["ISOSHARD_CHECK"] = "1"
+    if timeout is not None:
+        os.environ["ISOSHARD_TIMEOUT"] = str(timeout)

@@ -26,6 +26,9 @@ class SignedProcessGroup(dist.ProcessGroup):
     def barrier(self, opts: Any = None) -> dist.Work:
         return self._run("barrier", Signature("barrier"), (), [], opts)
 
+    def monitored_barrier(self, timeout: Any = None, wait_all_ranks: bool = False) -> None:
+        self.barrier().wait()
+
     def allreduce(self, tensors: list[Tensor], opts: Any = None) -> dist.Work:
         signature = Signature("all_reduce", reduce_op_name(opts), None, specs(tensors))
         return self._run("allreduce", signature, (tensors,), tensors, opts)
@@ -45,6 +48,10 @@ class SignedProcessGroup(dist.ProcessGroup):
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> dist.Work:
         signature = Signature("all_gather", None, None, specs(inputs))
         return self._run("allgather", signature, (outputs, inputs), _flat(outputs), opts)
+
+    def allgather_coalesced(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> dist.Work:
+        signature = Signature("all_gather", None, None, specs(inputs))
+        return self._run("allgather_coalesced", signature, (outputs, inputs), _flat(outputs), opts)
 
     def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> dist.Work:
         signature = Signature("all_gather", None, None, specs([output, input]))

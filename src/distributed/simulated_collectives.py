@@ -55,6 +55,14 @@ def all_gather(calls: Args, opts: Any) -> None:
             _deliver("all_gather", sent, out)
 
 
+def all_gather_coalesced(calls: Args, opts: Any) -> None:
+    """Each: ``(a list of outputs per rank, inputs)``."""
+    for lists, _ in calls:
+        for outputs, (_, inputs) in zip(lists, calls, strict=True):
+            for out, sent in zip(outputs, inputs, strict=True):
+                _deliver("all_gather", sent, out)
+
+
 def all_gather_single(calls: Args, opts: Any) -> None:
     """Each: ``(output, input)``."""
     all_gather_single_coalesced([([output], [sent]) for output, sent in calls], opts)
@@ -122,6 +130,7 @@ ACTIONS: dict[str, Callable[[Args, Any], None]] = {
     "reduce": reduce,
     "broadcast": broadcast,
     "allgather": all_gather,
+    "allgather_coalesced": all_gather_coalesced,
     "all_gather_single": all_gather_single,
     "all_gather_single_coalesced": all_gather_single_coalesced,
     "reduce_scatter": reduce_scatter,
