@@ -134,23 +134,22 @@ def _current_rank() -> int | None:
 
 @contextmanager
 def _stand_ins(outputs: list[RankOutput]) -> Iterator[None]:
-    rendezvous = sys.modules["torch.distributed.rendezvous"]
-    pairs: list[tuple[Any, str, Callable[[Any], Any]]] = [
-        (module, "init_process_group", _init_process_group) for module in (dist, distributed_c10d)
-    ]
-    pairs += [(module, "get_backend", _get_backend) for module in (dist, distributed_c10d)]
-    pairs += [(module, "TCPStore", _store) for module in (dist, distributed_c10d, rendezvous)]
-    pairs += [(module, "FileStore", _store) for module in (dist, distributed_c10d, rendezvous)]
-    pairs += [
+    spawn = _refuse("a simulated rank cannot start further ranks as processes")
+    stand_ins: list[tuple[Any, str, Callable[[Any], Any]]] = [
+        (distributed_c10d, "init_process_group", _init_process_group),
         (distributed_c10d, "_new_process_group_helper", _new_group),
+        (distributed_c10d, "get_backend", _get_backend),
+        (dist, "TCPStore", _store),
+        (dist, "FileStore", _store),
         (signal, "signal", _refuse("signal handlers belong to the process, which simulated ranks share")),
-        (torch.multiprocessing, "spawn", _refuse("a simulated rank cannot start further ranks as processes")),
-        (torch.multiprocessing, "start_processes", _refuse("a simulated rank cannot start further ranks as processes")),
+        (torch.multiprocessing, "spawn", spawn),
+        (torch.multiprocessing, "start_processes", spawn),
     ]
     with ExitStack() as stack:
-        for module, name, make in pairs:
-            if hasattr(module, name):
-                stack.enter_context(mock.patch.object(module, name, _in_ranks(getattr(module, name), make)))
+        for module, name, make in stand_ins:
+            original = getattr(module, name)
+            for holder in [found for found in list(sys.modules.values()) if vars(found).get(name) is original]:
+                stack.enter_context(mock.patch.object(holder, name, _in_ranks(original, make)))
         stack.enter_context(mock.patch.object(sys, "stdout", outputs[0]))
         stack.enter_context(mock.patch.object(sys, "stderr", outputs[1]))
         isolate: Callable[[bool], None] = _distributed_c10d._set_thread_isolation_mode  # type: ignore[attr-defined]
