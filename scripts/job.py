@@ -16,7 +16,7 @@ import torch
 
 from src import Group
 from src.checkpoint import load, read_info, save
-from src.distributed import barrier, local_device
+from src.distributed import barrier, local_device, long_wait
 from src.generation import generate
 from src.modeling import ModelArgs, Transformer
 from src.training import Batch, evaluate, train_step, warmup_cosine
@@ -27,6 +27,8 @@ from .options import Options
 from .report import MetricsLog, ProgressBar, draw_curve, require_extras
 
 KEPT_CHECKPOINTS = 2
+ALONE = 3600.0
+"""Seconds that rank 0 may work while the others wait: on the text, on the curve."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,11 @@ def train(group: Group, options: Options) -> Outcome:
             ProgressBar(options.steps, run.tokens_per_step, start_step=start, enabled=group.rank == 0)
         )
         outcome = run.loop(log, bar)
-    if group.rank == 0:
-        draw_curve(options.out / "metrics.jsonl", options.out / "loss.png")
-        print(f"{outcome}\ncurve {options.out / 'loss.png'}, checkpoints in {checkpoints}")
-    run.sample()
+    with long_wait(group, ALONE):
+        if group.rank == 0:
+            draw_curve(options.out / "metrics.jsonl", options.out / "loss.png")
+            print(f"{outcome}\ncurve {options.out / 'loss.png'}, checkpoints in {checkpoints}")
+        run.sample()
     if options.num_shards is not None:
         result = digest(chain([("losses", run.history.losses_tensor())], each_unsharded_weight(model, group=group)))
         if group.rank == 0:
@@ -205,13 +208,14 @@ def open_corpus(group: Group, options: Options) -> Corpus:
 
     What is wrong with the text is found by every rank, so that none is left waiting.
     """
-    if group.rank > 0:
-        barrier(group)
-    try:
-        corpus = prepare(options.cache, options.vocab_size, options.data)
-    finally:
-        if group.rank == 0:
+    with long_wait(group, ALONE):
+        if group.rank > 0:
             barrier(group)
+        try:
+            corpus = prepare(options.cache, options.vocab_size, options.data)
+        finally:
+            if group.rank == 0:
+                barrier(group)
     check_agreement({"text, by its digest": corpus.path.name}, group)
     return corpus
 

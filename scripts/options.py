@@ -49,6 +49,8 @@ class Options:
     threads: int | None
     device: str | None
     backend: str | None
+    timeout: float | None
+    check: bool | None
 
 
 def parse_options(description: str | None, argv: Sequence[str] | None = None) -> Options:
@@ -101,12 +103,14 @@ def parse_options(description: str | None, argv: Sequence[str] | None = None) ->
     ranks.add_argument("--threads", type=int, default=None, help="intra-op threads of each rank (1 with --num-shards)")
     ranks.add_argument("--device", default=None, help="cpu or cuda (cuda where there is one)")
     ranks.add_argument("--backend", default=None, help="gloo or nccl (nccl on cuda)")
+    ranks.add_argument("--timeout", type=float, default=None, metavar="SECONDS", help="of a collective (8 on gloo)")
+    ranks.add_argument("--check", action="store_true", default=None, help="ranks compare every call before they make it")
 
     arguments = parser.parse_args(argv)
     for name in ("steps", "eval_every", "eval_batches", "save_every", "layers", "seq_len", "batch_size", "accumulate"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(arguments, name)}")
-    for name in ("lr", "clip", "threads", "num_shards", "simulate"):
+    for name in ("lr", "clip", "threads", "num_shards", "simulate", "timeout"):
         value = getattr(arguments, name)
         if value is not None and value <= 0:
             parser.error(f"--{name.replace('_', '-')} must be positive, not {value}")

@@ -10,6 +10,7 @@ All three run the same job. The text is the source of Python's standard library 
 import os
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 
 from .options import parse_options
 
@@ -27,7 +28,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise ValueError("--simulate runs all ranks in one process; start it without torchrun")
             simulate(train, options.simulate, options, num_shards=options.num_shards)
             return
-        group = init(device=options.device, backend=options.backend, num_shards=options.num_shards)
+        group = init(
+            device=options.device,
+            backend=options.backend,
+            num_shards=options.num_shards,
+            timeout=None if options.timeout is None else timedelta(seconds=options.timeout),
+            check=options.check,
+        )
         train(group, options)
         close()
     except (ValueError, ImportError) as error:

@@ -31,10 +31,13 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from .distributed import Group, barrier
+from .distributed import Group, barrier, long_wait
 from .modeling.parameters import Placement, placements
 
 INFO = "isoshard.json"
+
+PATIENCE = 3600.0
+"""Seconds that a rank may take for its files while the others wait."""
 
 
 class ShardView(torch.Tensor):
@@ -113,20 +116,20 @@ def save(
     if group.rank == 0:
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
-    barrier(group)
-    state = sharded_state_dict(model, optimizer, group=group)
-    with _quiet():
+    with _file_work(group):
+        barrier(group)
+        state = sharded_state_dict(model, optimizer, group=group)
         dcp_save(state, storage_writer=FileSystemWriter(building), **_where(group))
-    if group.rank == 0:
-        sizes = {file.name: file.stat().st_size for file in sorted(building.iterdir())}
-        record = {"info": info or {}, "optimizer": optimizer is not None, "files": sizes}
-        (building / INFO).write_text(json.dumps(record, indent=1))
-        if path.exists():
+        if group.rank == 0:
+            sizes = {file.name: file.stat().st_size for file in sorted(building.iterdir())}
+            record = {"info": info or {}, "optimizer": optimizer is not None, "files": sizes}
+            (building / INFO).write_text(json.dumps(record, indent=1))
+            if path.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                path.rename(old)
+            building.rename(path)
             shutil.rmtree(old, ignore_errors=True)
-            path.rename(old)
-        building.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
-    barrier(group)
+        barrier(group)
 
 
 def read_info(path: str | Path) -> dict[str, Any]:
@@ -178,7 +181,7 @@ def load(
         if optimizer is not None:
             _allocate_state(model, optimizer, metadata, group)
         state = sharded_state_dict(model, optimizer, group=group)
-        with _quiet():
+        with _file_work(group):
             dcp_load(state, storage_reader=reader, **_where(group))
     except (CheckpointException, pickle.UnpicklingError, EOFError) as error:
         raise ValueError(f"checkpoint {path} is damaged: {str(error).splitlines()[-1]}") from error
@@ -191,9 +194,9 @@ def _where(group: Group) -> dict[str, Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warning that a single process is a single process."""
-    with warnings.catch_warnings():
+def _file_work(group: Group) -> Iterator[None]:
+    """Ranks may wait for each other's files, and a single process is not warned that it is one."""
+    with warnings.catch_warnings(), long_wait(group, PATIENCE):
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
 

@@ -1,6 +1,8 @@
 """Groups, collectives, and where ranks run."""
 
 from .collectives import all_gather, all_reduce, barrier, broadcast, reduce_scatter
+from .checked import CheckError
+from .failure import RankFailure, long_wait
 from .group import Group
 from .ledger import Ledger
 from .lockstep import SimulationError
@@ -21,8 +23,10 @@ from .runtime import close, init, local_device
 from .simulation import simulate
 
 __all__ = [
+    "CheckError",
     "Group",
     "Ledger",
+    "RankFailure",
     "SimulationError",
     "all_gather",
     "all_reduce",
@@ -36,6 +40,7 @@ __all__ = [
     "init",
     "join_shards",
     "local_device",
+    "long_wait",
     "reduce_from_region",
     "reduce_from_shards",
     "reduce_scatter",

@@ -7,6 +7,7 @@ small all-reduce in tree order gathers all terms, (w - 1) S.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .ledger_table import Row, text_table
 from .origin import ModuleTracker, Phase
+from .prediction import Estimate, Link, Transfer, estimate
 
 _ledgers: ContextVar[tuple[Ledger, ...]] = ContextVar("isoshard_ledgers", default=())
 
@@ -35,6 +38,17 @@ class Record:
     module: str
     site: str
     phase: Phase
+
+    @property
+    def transfer(self) -> Transfer:
+        """The same collective at any number of ranks, of an all-gather the whole result.
+
+        The bytes on the wire tell an all-reduce that gathers all terms from a ring, but not between two ranks: those
+        are taken as rings.
+        """
+        gathers = self.world_size > 2 and self.wire_bytes == (self.world_size - 1) * self.payload_bytes > 0
+        size = self.payload_bytes * (self.world_size if self.op == "all_gather" else 1)
+        return Transfer(self.op, size, gathers and self.op == "all_reduce")
 
 
 class Ledger:
@@ -69,6 +83,21 @@ class Ledger:
             and (module is None or r.module == module or r.module.startswith(f"{module}."))
             for r in self.records
         )
+
+    def table(self) -> str:
+        """Count, payload and bytes on the wire by module, phase and op, then in total; similar layers in one row."""
+        return text_table(Row(r.module, r.phase, r.op, 1, r.payload_bytes, r.wire_bytes) for r in self.records)
+
+    __str__ = table
+
+    def predict(self, links: Sequence[Link], sizes: Sequence[int] = (8, 64, 512)) -> list[Estimate]:
+        """An estimate for a group of each size in ``sizes`` of the seconds that all recorded collectives would take.
+
+        ``links`` are the levels of the machine from the inside out. ``prediction.FORMULA`` says how, and what is taken
+        for granted. Raises ValueError for links that cannot join a group of such a size.
+        """
+        transfers = [record.transfer for record in self.records]
+        return [estimate(transfers, links, size) for size in sizes]
 
     def add(self, op: str, tensor: Tensor, world_size: int, wire: float) -> None:
         """Enter one collective, of which this rank sends ``wire`` times the size of ``tensor``."""

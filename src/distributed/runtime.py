@@ -13,7 +13,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from . import checked
 from .collectives import DOOR
-from .failure import postpone_sigterm, set_timeout
+from .failure import long_wait, postpone_sigterm, set_timeout
 from .group import Group, ReduceOrder
 from .lockstep import RankThread
 
@@ -98,7 +98,8 @@ def local_device(device: str | torch.device | None = None) -> torch.device:
 def close() -> None:
     """Wait for all ranks, then leave the default group, if there is one; ``simulate`` ends its own by itself."""
     if dist.is_initialized():
-        dist.barrier()
+        with long_wait(Group(), START.total_seconds()):
+            dist.barrier()
         if not isinstance(threading.current_thread(), RankThread):
             dist.destroy_process_group()
 

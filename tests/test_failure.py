@@ -1,0 +1,79 @@
+"""A real rank fails: the others end soon, name it, and a restarted job goes on from the last checkpoint."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LAUNCH = [sys.executable, "-m", "isoshard", "run"]
+TINY = [
+    "--data",
+    "README.md",
+    "--vocab-size",
+    "300",
+    "--layers",
+    "1",
+    "--dim",
+    "32",
+    "--seq-len",
+    "16",
+    "--batch-size",
+    "2",
+    "--new-tokens",
+    "1",
+]
+
+
+def launch(*args: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*LAUNCH, *args], cwd=cwd, env=environ, capture_output=True, text=True, timeout=170)
+
+
+@pytest.mark.parametrize(
+    "fate", ["killed", pytest.param("raises", marks=pytest.mark.slow), pytest.param("stalls", marks=pytest.mark.slow)]
+)
+def test_the_missing_rank_is_named(fate: str) -> None:
+    done = launch("--nproc-per-node", "3", "--timeout", "3", "tests/launched/fails.py", fate)
+    assert done.returncode == 1
+    line = (
+        (ROOT / "tests/launched/fails.py")
+        .read_text()
+        .split("\n")
+        .index("        all_reduce(torch.ones(4), group=group)")
+    )
+    call = rf"all_reduce\(float32\[4\]\) forward, at \S*fails.py:{line + 1}"
+    sentence = rf"{call}: failed in the group of ranks \[0, 1, 2\]: rank 1 "
+    for rank in (0, 2):
+        assert re.search(rf"^\[rank{rank}\]: .*RankFailure: {sentence}", done.stderr, re.MULTILINE), done.stderr
+    waits = [float(seconds) for seconds in re.findall(r"ended after (\S+) s", done.stdout)]
+    assert len(waits) == 2 and max(waits) < 10
+
+
+@pytest.mark.slow
+def test_a_restarted_job_ends_with_the_same_digest(tmp_path: Path) -> None:
+    job = [
+        *TINY,
+        "--steps",
+        "60",
+        "--save-every",
+        "20",
+        "--eval-every",
+        "60",
+        "--num-shards",
+        "2",
+        "--cache",
+        str(tmp_path),
+    ]
+    whole = launch("--nproc-per-node", "2", "-m", "scripts.train", *job, "--out", str(tmp_path / "whole"))
+    restarts = ["--nproc-per-node", "2", "--max-restarts", "1"]
+    died = launch(*restarts, "tests/launched/dies_once.py", *job, "--resume", "--out", str(tmp_path / "died"))
+    assert (whole.returncode, died.returncode) == (0, 0), whole.stderr + died.stderr
+    assert "continuing from step" in died.stdout
+    digests = [re.findall("^digest ([0-9a-f]{64})", run.stdout, re.MULTILINE) for run in (whole, died)]
+    assert len(digests[0]) == 1 and digests[0] == digests[1]
