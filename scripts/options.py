@@ -104,7 +104,7 @@ def parse_options(description: str | None, argv: Sequence[str] | None = None) ->
     ranks.add_argument("--device", default=None, help="cpu or cuda (cuda where there is one)")
     ranks.add_argument("--backend", default=None, help="gloo or nccl (nccl on cuda)")
     ranks.add_argument("--timeout", type=float, default=None, metavar="SECONDS", help="of a collective (8 on gloo)")
-    ranks.add_argument("--check", action="store_true", default=None, help="ranks compare every call before they make it")
+    ranks.add_argument("--check", action="store_true", default=None, help="ranks compare each call before it is made")
 
     arguments = parser.parse_args(argv)
     for name in ("steps", "eval_every", "eval_batches", "save_every", "layers", "seq_len", "batch_size", "accumulate"):

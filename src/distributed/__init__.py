@@ -1,7 +1,7 @@
 """Groups, collectives, and where ranks run."""
 
-from .collectives import all_gather, all_reduce, barrier, broadcast, reduce_scatter
 from .checked import CheckError
+from .collectives import all_gather, all_reduce, barrier, broadcast, reduce_scatter
 from .failure import RankFailure, long_wait
 from .group import Group
 from .ledger import Ledger
