@@ -132,7 +132,9 @@ class Lockstep:
         try:
             for thread in self.threads:
                 thread.start()
-            self._next(self.threads).turn.release()
+            first = self._next(self.threads)
+            assert first is not None
+            first.turn.release()
             for thread in self.threads:
                 thread.over.wait()
                 thread.join()
@@ -179,7 +181,7 @@ class Lockstep:
         call = self.call(signature, payload)
         thread = self.current()
         meeting = self._meetings.join(key, thread.rank, call)
-        if not meeting.missing():
+        if len(meeting.calls) == len(meeting.members):
             self._complete(key, meeting, action)
         self._preempt(thread)
         return meeting
@@ -225,23 +227,24 @@ class Lockstep:
     def hand_over(self) -> None:
         """Give the turn to the next rank that can run; when none can, all that wait are told why."""
         me = self.current().rank
-        alive = [t for t in (*self.threads[me + 1 :], *self.threads[: me + 1]) if not t.ended]
-        ready = [thread for thread in alive if self.error is not None or self._can_run(thread)]
-        if alive and not ready:
+        in_turn = (*self.threads[me + 1 :], *self.threads[: me + 1])
+        found = self._next(in_turn)
+        if found is None and not all(thread.ended for thread in in_turn):
             self.fail(faults.deadlock(self.threads, self._meetings.disagreeing()))
-            ready = alive
-        if ready:
-            self._next(ready).turn.release()
+            found = self._next(in_turn)
+        if found is not None:
+            found.turn.release()
 
-    def _next(self, ready: Sequence[RankThread]) -> RankThread:
-        return ready[0] if self.schedule is None else self.schedule.choice(ready)
+    def _next(self, in_turn: Sequence[RankThread]) -> RankThread | None:
+        ready = (thread for thread in in_turn if not thread.ended and (self.error is not None or _can_run(thread)))
+        if self.schedule is None:
+            return next(ready, None)
+        choice = list(ready)
+        return self.schedule.choice(choice) if choice else None
 
     def _preempt(self, thread: RankThread) -> None:
         if self.schedule is not None and self.schedule.random() < 0.5:
             thread.yield_turn()
-
-    def _can_run(self, thread: RankThread) -> bool:
-        return thread.waits_for is None or thread.waits_for.complete
 
     def _complete(self, key: Key, meeting: Meeting, action: Action) -> None:
         if not agree(meeting.calls):
@@ -270,3 +273,7 @@ class Lockstep:
             thread.over.wait(timeout=max(deadline - time.monotonic(), 0))
         if where and not isinstance(error, KeyboardInterrupt):
             error.add_note(f"rank {where.removeprefix(' while rank ')}")
+
+
+def _can_run(thread: RankThread) -> bool:
+    return thread.waits_for is None or thread.waits_for.complete
