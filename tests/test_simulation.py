@@ -242,7 +242,7 @@ def test_an_exception_ends_all_ranks(error: BaseException, others: Program) -> N
     raised = fault(program, 4)
     assert f"rank 1 raised {type(error).__name__}: {error}" in str(raised)
     assert raised.__cause__ is error
-    assert sorted(unwound) == [0, 1, 2, 3]
+    assert sorted(unwound) == [0, 1]  # ranks 2 and 3 had not begun
 
 
 def test_a_swallowed_fault_comes_back() -> None:
@@ -272,10 +272,36 @@ def test_interrupting_ends_the_ranks(world_size: int) -> None:
         finally:
             ended.append(group.rank)
 
-    signal.setitimer(signal.ITIMER_REAL, 0.1, 20)
-    with pytest.raises(TimeoutError):
-        simulate(program, world_size)
-    assert sorted(ended) == list(range(world_size))
+    def stop(*_: Any) -> None:
+        raise TimeoutError("time is up")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    try:
+        with pytest.raises(TimeoutError):
+            simulate(program, world_size)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert ended == [0]  # the others had not begun
+
+
+def test_a_rank_that_computes_for_ever_is_named_and_ended() -> None:
+    def program(group: Group) -> None:
+        while group.rank:
+            pass
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError("time is up")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    try:
+        with pytest.raises(TimeoutError) as error:
+            simulate(program, 3)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    line = int(site(program, "pass").rpartition(":")[2])
+    assert any(f"rank 1 was at {__file__}:{n}" in error.value.__notes__ for n in (line - 1, line))
 
 
 def test_simulations_do_not_nest() -> None:

@@ -6,6 +6,7 @@ Contenders take turns within a run; figures are medians over the rounds, with qu
 """
 
 import argparse
+import functools
 import os
 import resource
 import threading
@@ -38,7 +39,12 @@ def reduce_often(group: Group | None = None) -> float:
 
 def simulated(ranks: int) -> float:
     """Microseconds of one all-reduce for each rank."""
-    return simulate(reduce_often, ranks)[0] / CALLS / ranks * 1e6  # type: ignore[no-any-return]
+    return float(simulate(reduce_often, ranks)[0]) / CALLS / ranks * 1e6
+
+
+def reduced_by(pool: RankPool) -> float:
+    """Microseconds of one all-reduce among the processes of ``pool``."""
+    return float(pool.run(reduce_often)[0]) / CALLS * 1e6
 
 
 def bare_threads(ranks: int) -> float:
@@ -99,9 +105,8 @@ def show(name: str, ranks: int, ours: list[float], theirs: list[float]) -> None:
     """One row: medians in microseconds, and their ratio round by round."""
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     low, _, high = quantiles(ratios, n=4)
-    print(
-        f"{name:28} {ranks:5} {median(ours):10.1f} {median(theirs):10.1f} {median(ratios):7.2f}  {low:.2f} .. {high:.2f}"
-    )
+    times = f"{median(ours):10.1f} {median(theirs):10.1f}"
+    print(f"{name:28} {ranks:5} {times} {median(ratios):7.2f}  {low:.2f} .. {high:.2f}")
 
 
 def checked_against_plain(ranks: int, rounds: int, port: int) -> None:
@@ -109,8 +114,8 @@ def checked_against_plain(ranks: int, rounds: int, port: int) -> None:
     plain, checked = RankPool("gloo", ranks), RankPool("gloo", ranks)
     try:
         checked.run(check_from_now_on, port)
-        contenders = [lambda pool=pool: pool.run(reduce_often)[0] / CALLS * 1e6 for pool in (checked, plain)]
-        show("gloo checked / unchecked", ranks, *measure(contenders, rounds))  # type: ignore[arg-type]
+        ours, theirs = (functools.partial(reduced_by, pool) for pool in (checked, plain))
+        show("gloo checked / unchecked", ranks, *measure([ours, theirs], rounds))
     finally:
         plain.close()
         checked.close()
@@ -126,8 +131,8 @@ def main() -> None:
     print(f"all-reduce of {FLOATS} floats, microseconds (simulated: per rank)\n")
     print(f"{'contenders':28} {'ranks':>5} {'ours':>10} {'theirs':>10} {'ratio':>7}  quartiles")
     for ranks in (2, 4, 8, 16, 64):
-        contenders = [lambda n=ranks: simulated(n), lambda n=ranks: bare_threads(n)]
-        show("simulated / bare threads", ranks, *measure(contenders, options.rounds))  # type: ignore[arg-type]
+        contenders = [functools.partial(simulated, ranks), functools.partial(bare_threads, ranks)]
+        show("simulated / bare threads", ranks, *measure(contenders, options.rounds))
     for ranks in (2, 4):
         checked_against_plain(ranks, options.rounds, options.port + ranks)
     print("\nsmall Llama step, 2 layers, one head per rank\n")

@@ -60,7 +60,8 @@ class RankThread(threading.Thread):
     def run(self) -> None:
         self._take_turn()
         try:
-            self.result = self.body(self.rank)
+            if self.lockstep.error is None:
+                self.result = self.body(self.rank)
         except RankAborted:
             pass
         except BaseException as error:
@@ -265,9 +266,7 @@ class Lockstep:
         where = "" if running is None or running.ended else f" while {faults.whereabouts(running)}"
         self.fail(f"interrupted by {type(error).__name__}{where}", error)
         deadline = time.monotonic() + PATIENCE
-        for thread in self.threads:
-            thread.over.wait(timeout=max(deadline - time.monotonic(), 0) / 2)
-        if running is not None and running.ident is not None and not running.ended:
+        if running is not None and running.ident is not None and not running.over.wait(PATIENCE / 5):
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(running.ident), ctypes.py_object(RankAborted))
         for thread in self.threads:
             thread.over.wait(timeout=max(deadline - time.monotonic(), 0))
