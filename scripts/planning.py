@@ -192,14 +192,15 @@ def repeat_layer(records: Sequence[Record], layer: int, times: int) -> list[Reco
     Forward they come behind it, in backward before it.
     """
     prefix = f"layers.{layer}"
-    mine = [r for r in records if r.module == prefix or r.module.startswith(f"{prefix}.")]
-    forward, backward = ([r for r in mine if r.phase == phase] for phase in ("forward", "backward"))
+    mine = [i for i, r in enumerate(records) if r.module == prefix or r.module.startswith(f"{prefix}.")]
+    forward, backward = ([i for i in mine if records[i].phase == phase] for phase in ("forward", "backward"))
+    end = forward[-1] + 1 if forward else 0
+    start = backward[0] if backward else end
 
-    def moved(record: Record, by: int) -> Record:
+    def moved(index: int, by: int) -> Record:
+        record = records[index]
         return replace(record, module=f"layers.{layer + by}{record.module.removeprefix(prefix)}")
 
-    behind = [moved(record, by) for by in range(1, times + 1) for record in forward]
-    before = [moved(record, by) for by in range(times, 0, -1) for record in backward]
-    end = records.index(forward[-1]) + 1 if forward else 0
-    start = records.index(backward[0]) if backward else end
+    behind = [moved(i, by) for by in range(1, times + 1) for i in forward]
+    before = [moved(i, by) for by in range(times, 0, -1) for i in backward]
     return [*records[:end], *behind, *records[end:start], *before, *records[start:]]

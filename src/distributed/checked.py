@@ -27,6 +27,7 @@ from .signature import (
     describe_mismatch,
     in_opposite_order,
     list_calls,
+    list_members,
     name_ranks,
     specs,
 )
@@ -142,13 +143,15 @@ class CheckedProcessGroup(SignedProcessGroup):
         self._before = calls
 
     def _where(self) -> str:
-        return f"collective {self._index} of group {self.label} {list(self.ranks)}"
+        return f"collective {self._index} of group {self.label} {list_members(self.ranks)}"
 
     def _missing(self, call: Call, keys: dict[int, str]) -> CheckError:
         """Nobody answers for some ranks: say what the ranks that are there wait for."""
         world = list(range(dist.get_world_size()))
         absent = [rank for rank in self.ranks if not self._store.check([keys[rank]])]
-        lines = roll_call(self.checks.store, self._me, world, f"waits in {call}; {self._where()} lacks ranks {absent}")
+        lines = roll_call(
+            self.checks.store, self._me, world, f"waits in {call}; {self._where()} lacks {name_ranks(absent)}"
+        )
         last = {rank: self._before[rank] for rank in absent if rank in self._before}
         seconds = self.checks.timeout.total_seconds()
         return CheckError(

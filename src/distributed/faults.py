@@ -9,7 +9,7 @@ from typing import Protocol
 
 from .meeting import Meeting, Message, Waitable
 from .origin import is_library
-from .signature import Call, describe_crossing, describe_mismatch, list_calls, name_ranks
+from .signature import Call, by_text, describe_crossing, describe_mismatch, list_calls, name_ranks
 
 
 class Rank(Protocol):
@@ -72,7 +72,7 @@ def deadlock(threads: Sequence[Rank], disagreeing: Meeting | None) -> str:
     waiting = {t.rank: what for t in threads if not t.ended and (what := t.waits_for or t.polls) is not None}
     returned = [thread for thread in threads if thread.ended]
     ended = f"; {list_ranks([t.rank for t in returned])} already returned" if returned else ""
-    lines = [f"  rank {rank}: {what.waiting(rank)}" for rank, what in waiting.items()]
+    lines = [f"  {line}" for line in by_text({rank: what.waiting(rank) for rank, what in waiting.items()})]
     needed = {rank for what in waiting.values() for rank in what.missing()}
     lines += [f"  rank {t.rank} returned{_after(t)}" for t in returned if t.rank in needed]
     cycle = _cycle({rank: what.missing() for rank, what in waiting.items()})

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from .signature import Call, agree, in_opposite_order
+from .signature import Call, agree, in_opposite_order, list_members, name_ranks
 
 Key = tuple[str, tuple[int, ...]]
 Action = Callable[[list[Any]], None]
@@ -37,13 +37,13 @@ class Meeting:
     complete: bool = False
 
     def __str__(self) -> str:
-        return f"collective {self.index} of group {self.group} {list(self.members)}"
+        return f"collective {self.index} of group {self.group} {list_members(self.members)}"
 
     def missing(self) -> list[int]:
         return [rank for rank in self.members if rank not in self.calls]
 
     def waiting(self, rank: int) -> str:
-        return f"{self.calls[rank]}; {self} lacks ranks {self.missing()}"
+        return f"{self.calls[rank]}; {self} lacks {name_ranks(self.missing())}"
 
 
 @dataclass

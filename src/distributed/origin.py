@@ -33,7 +33,7 @@ class Origin:
     phase: Phase
 
     def __str__(self) -> str:
-        module = f"{self.module}, " if self.module else ""
+        module = f"in {self.module}, " if self.module else ""
         return f"{module}{self.phase}, at {self.site}"
 
 

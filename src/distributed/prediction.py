@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 FORMULA = """\
 An estimate by the alpha-beta model, not a measurement. Per collective of S bytes on n ranks, in seconds:
-  high  a ring through the slowest link in use:   C (n - 1) (alpha + S / n beta)
+  high  a ring through the slowest link in use:   C (n - 1) (alpha + (S / n) beta)
   low   a tree per level of links, one level after the other, the sum over levels of
-        k ranks each:                             ceil(log2 k) alpha + c (k - 1) / k S' beta
+        k ranks each:                             ceil(log2 k) alpha + c ((k - 1) / k) S' beta
         where S' is S divided by the number of ranks that the levels inside join
   c, C  all_reduce 2, 2; all_gather, reduce_scatter 1, 1; broadcast 1, 2; barrier 2, 2 with S = 0
 An all_reduce that gathered all terms in the record may take (n - 1) (alpha + S beta): high is the larger one.
@@ -93,8 +93,8 @@ class Estimate:
 def estimate(transfers: Iterable[Transfer], links: Sequence[Link], world_size: int) -> Estimate:
     """One transfer after the other in a group of ``world_size`` ranks that fills ``links`` from the inside out.
 
-    The formula is ``FORMULA``. Raises ValueError for a ``world_size`` below 1, links that do not join that many ranks
-    or do not contain each other evenly, and operations other than those of the ledger.
+    The formula is ``FORMULA``. Raises ValueError for a ``world_size`` below 1, for links that do not join that many
+    ranks or do not contain each other evenly, and for operations other than those of the ledger.
     """
     levels = _levels(links, world_size)
     low = high = 0.0
@@ -119,14 +119,16 @@ def _levels(links: Sequence[Link], world_size: int) -> list[tuple[int, Link]]:
     levels, joined = [], 1
     for link in links:
         reach = world_size if link.ranks is None else min(link.ranks, world_size)
-        if joined < world_size and (reach % joined or world_size % reach or reach == joined):
+        if joined == world_size:
+            break
+        if world_size % reach:
+            raise ValueError(f"world_size={world_size} is not a multiple of the ranks={reach} that a link joins")
+        if reach % joined or reach == joined:
             raise ValueError(
-                f"links that join {joined} and {reach} ranks do not make up world_size={world_size}: each must be a "
-                "multiple of the one before it"
+                f"a link of ranks={reach} cannot join whole links of ranks={joined}; order them inside out"
             )
-        if joined < world_size:
-            levels.append((reach // joined, link))
-            joined = reach
+        levels.append((reach // joined, link))
+        joined = reach
     if joined < world_size:
         raise ValueError(f"the links join {joined} ranks, not world_size={world_size}; add one with ranks=None")
     return levels

@@ -76,12 +76,16 @@ def describe_crossing(before: Mapping[int, Call], after: Mapping[int, Call], fir
 
 
 def list_calls(calls: Mapping[int, Call]) -> str:
-    """One line for each group of ranks that call the same from the same place; the most frequent first."""
+    """One line for each group of ranks that call the same from the same place."""
+    return "\n".join(f"  {line}" for line in by_text({rank: str(call) for rank, call in calls.items()}))
+
+
+def by_text(texts: Mapping[int, str]) -> list[str]:
+    """``ranks 0, 2: text`` for each text, in the order of their first ranks."""
     ranks: dict[str, list[int]] = {}
-    for rank, call in sorted(calls.items()):
-        ranks.setdefault(str(call), []).append(rank)
-    lines = sorted(ranks.items(), key=lambda item: -len(item[1]))
-    return "\n".join(f"  {name_ranks(members)}: {text}" for text, members in lines)
+    for rank, text in sorted(texts.items()):
+        ranks.setdefault(text, []).append(rank)
+    return [f"{name_ranks(members)}: {text}" for text, members in ranks.items()]
 
 
 def name_ranks(ranks: Sequence[int]) -> str:
@@ -94,6 +98,11 @@ def name_ranks(ranks: Sequence[int]) -> str:
             parts += [f"{run[0]}-{run[-1]}"] if len(run) > 2 else map(str, run)
             start = i + 1
     return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(parts)}"
+
+
+def list_members(ranks: Sequence[int]) -> str:
+    """All ranks of a group, or the first and the last of many."""
+    return str(list(ranks)) if len(ranks) <= 8 else f"[{ranks[0]}, {ranks[1]}, ..., {ranks[-1]}]"
 
 
 def _difference(calls: Mapping[int, Call]) -> str:
