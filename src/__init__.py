@@ -1,8 +1,14 @@
 """isoshard: tensor parallelism that gives the same bits at every size."""
 
-from .distributed import Group, Ledger, SimulationError, close, init, simulate
-from .functional import apply_rotary_pos_emb
-from .modeling import GroupRMSNorm, NTKAwareRoPE, ParallelVocabEmbedding, VocabEmbedding
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .distributed import Group, Ledger, SimulationError, close, init, simulate
+    from .functional import apply_rotary_pos_emb
+    from .modeling import GroupRMSNorm, NTKAwareRoPE, ParallelVocabEmbedding, VocabEmbedding
 
 __version__ = "0.1.0"
 __all__ = [
@@ -18,3 +24,18 @@ __all__ = [
     "init",
     "simulate",
 ]
+_HOMES = ("distributed", "functional", "modeling")
+
+
+def __getattr__(name: str) -> Any:
+    # torch is imported on first use: pytest loads the plugin at every start, wherever this package is installed.
+    if name in _HOMES:
+        return importlib.import_module(f".{name}", __name__)
+    if name in __all__:
+        homes = (importlib.import_module(f".{home}", __name__) for home in _HOMES)
+        return next(getattr(home, name) for home in homes if hasattr(home, name))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_HOMES})

@@ -1,13 +1,12 @@
-"""Where test bodies run: ``places()`` parametrises a test, ``on_ranks`` runs a program there."""
+"""What all tests need: the plugin under test, one thread, and a look at what the process is left with."""
 
 from __future__ import annotations
 
 import pickle
 import random
-import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from src import simulate
-from src.testing import RankPool
-
-OnRanks = Callable[..., list[Any]]
+pytest_plugins = ["src.testing", "pytester"]
 
 
 @pytest.fixture(autouse=True)
@@ -28,20 +24,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def deadline() -> Iterator[None]:
-    """Ends a test whose ranks wait for ever: the error reaches ``simulate`` like Ctrl-C does."""
-
-    def stop(*_: Any) -> None:
-        raise TimeoutError("simulated ranks hang")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(180)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 def process_state() -> dict[str, Any]:
@@ -61,27 +43,3 @@ def left_as_found() -> Iterator[None]:
     before = process_state()
     yield
     assert process_state() == before
-
-
-@pytest.fixture(scope="session")
-def pools() -> Iterator[dict[tuple[str, int], RankPool]]:
-    """The worker processes of this test run."""
-    started: dict[tuple[str, int], RankPool] = {}
-    yield started
-    for pool in started.values():
-        pool.close()
-
-
-@pytest.fixture
-def on_ranks(pools: dict[tuple[str, int], RankPool]) -> OnRanks:
-    """``on_ranks(place, program, *args, **group_options)``: ``program(group, *args)`` on every rank of ``place``."""
-
-    def run(place: tuple[str, int], program: Callable[..., Any], *args: Any, **group_options: Any) -> list[Any]:
-        backend, world_size = place
-        if backend == "simulated":
-            return simulate(program, world_size, *args, **group_options)
-        if place not in pools:
-            pools[place] = RankPool(backend, world_size)
-        return pools[place].run(program, *args, **group_options)
-
-    return run

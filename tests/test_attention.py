@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src import Group, SimulationError
+from src import Group
 from src.modeling import Attention, ModelArgs
+from src.testing import RankFailed, Ranks
 
-from .conftest import OnRanks
-from .places import places
 from .test_linear import whole
 
 LENGTH = 12
@@ -95,15 +94,13 @@ def forward_backward(group: Group, args: ModelArgs, mask: Tensor | None) -> Any:
     return traced(attention(group, args), 0, freqs(), mask)
 
 
-@places()
+@pytest.mark.ranks(1, 2, 4, gloo=2)
 @pytest.mark.parametrize("num_shards", [None, 4])
 @pytest.mark.parametrize("kv_heads", [None, 4])
 @pytest.mark.parametrize("mask", [None, causal()], ids=["full", "causal"])
-def test_values_and_gradients(
-    place: Any, on_ranks: OnRanks, num_shards: int | None, kv_heads: int | None, mask: Tensor | None
-) -> None:
+def test_values_and_gradients(ranks: Ranks, num_shards: int | None, kv_heads: int | None, mask: Tensor | None) -> None:
     args = ModelArgs(dim=32, n_heads=8, n_kv_heads=kv_heads)
-    results = on_ranks(place, forward_backward, args, mask, num_shards=num_shards)
+    results = ranks(forward_backward, args, mask, num_shards=num_shards)
     check_against(lambda weights, x: reference_attention(weights, x, freqs(), mask, args), results)
 
 
@@ -127,17 +124,15 @@ def decode(group: Group, lengths: list[int]) -> Any:
     return full, again, first, sorted(module.state_dict()), module.cache_k.shape
 
 
-@places()
+@pytest.mark.ranks(1, 2, 4, gloo=2)
 @pytest.mark.parametrize("num_shards", [None, 4])
 @pytest.mark.parametrize("lengths", [[1] * LENGTH, [5, 1, 1, 4, 1], [LENGTH]], ids=["tokens", "runs", "whole"])
-def test_cache_gives_what_the_full_forward_gives(
-    place: Any, on_ranks: OnRanks, num_shards: int | None, lengths: list[int]
-) -> None:
-    for full, cached, other, names, shape in on_ranks(place, decode, lengths, num_shards=num_shards):
+def test_cache_gives_what_the_full_forward_gives(ranks: Ranks, num_shards: int | None, lengths: list[int]) -> None:
+    for full, cached, other, names, shape in ranks(decode, lengths, num_shards=num_shards):
         torch.testing.assert_close(cached, full, rtol=1e-11, atol=1e-12)
         assert not torch.allclose(other, full)
         assert names == ["wk.weight", "wo.weight", "wq.weight", "wv.weight"]
-        assert shape == (3, LENGTH, 4 // place[1], 4)
+        assert shape == (3, LENGTH, 4 // ranks.world_size, 4)
 
 
 def continued(group: Group) -> Any:
@@ -153,9 +148,9 @@ def continued(group: Group) -> Any:
     return (y.detach(), tail.grad), (full.detach(), everything.grad[:, 7:])
 
 
-@places(gloo=())
-def test_gradients_of_fresh_positions_on_top_of_a_cache(place: Any, on_ranks: OnRanks) -> None:
-    for got, want in on_ranks(place, continued):
+@pytest.mark.ranks(1, 2, 4, gloo=())
+def test_gradients_of_fresh_positions_on_top_of_a_cache(ranks: Ranks) -> None:
+    for got, want in ranks(continued):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
 
 
@@ -246,8 +241,8 @@ def build(group: Group, args: ModelArgs) -> None:
     Attention(args, group=group)
 
 
-def test_heads_that_do_not_divide(on_ranks: OnRanks) -> None:
+def test_heads_that_do_not_divide(ranks: Ranks) -> None:
     with pytest.raises(ValueError, match=r"n_heads=6 cannot be sharded over num_shards=4 logical shards"):
         Attention(ModelArgs(dim=24, n_heads=6), group=Group.single(4))
-    with pytest.raises(SimulationError, match=r"n_kv_heads=3 must divide num_shards=4 or be a multiple of it"):
-        on_ranks(("simulated", 4), build, ModelArgs(dim=48, n_heads=12, n_kv_heads=3))
+    with pytest.raises(RankFailed, match=r"n_kv_heads=3 must divide num_shards=4 or be a multiple of it"):
+        ranks.on("simulated", 4)(build, ModelArgs(dim=48, n_heads=12, n_kv_heads=3))

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from src import Group, Ledger
 from src.modeling import ModelArgs, TransformerBlock
+from src.testing import Ranks
 
-from .conftest import OnRanks
-from .places import places
 from .test_attention import Weights, causal, check_against, freqs, inputs, reference_attention, traced
 from .test_mlp import reference_mlp
 
@@ -46,11 +45,11 @@ def forward_backward(group: Group, mask: Tensor | None) -> Any:
     return traced(block, 0, freqs(), mask)
 
 
-@places()
+@pytest.mark.ranks(1, 2, 4, gloo=2)
 @pytest.mark.parametrize("num_shards", [None, 4])
 @pytest.mark.parametrize("mask", [None, causal()], ids=["full", "causal"])
-def test_values_and_gradients(place: Any, on_ranks: OnRanks, num_shards: int | None, mask: Tensor | None) -> None:
-    results = on_ranks(place, forward_backward, mask, num_shards=num_shards)
+def test_values_and_gradients(ranks: Ranks, num_shards: int | None, mask: Tensor | None) -> None:
+    results = ranks(forward_backward, mask, num_shards=num_shards)
     check_against(lambda weights, x: reference_block(weights, x, freqs(), mask, ARGS), results)
 
 
@@ -60,9 +59,9 @@ def sent(group: Group) -> list[tuple[str, str, int]]:
     return [(record.op, record.phase, record.payload_bytes) for record in ledger.records]
 
 
-@places()
+@pytest.mark.ranks(1, 2, 4, gloo=2)
 @pytest.mark.parametrize("num_shards", [None, 8])
-def test_two_all_reduces_forward_and_two_backward(place: Any, on_ranks: OnRanks, num_shards: int | None) -> None:
+def test_two_all_reduces_forward_and_two_backward(ranks: Ranks, num_shards: int | None) -> None:
     size = inputs()[0].nbytes
     want = [("all_reduce", "forward", size)] * 2 + [("all_reduce", "backward", size)] * 2
-    assert on_ranks(place, sent, num_shards=num_shards) == [want if place[1] > 1 else []] * place[1]
+    assert ranks(sent, num_shards=num_shards) == [want if ranks.world_size > 1 else []] * ranks.world_size

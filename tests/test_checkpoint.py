@@ -14,9 +14,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from src import Group
 from src.checkpoint import load, read_info, save, sharded_state_dict
 from src.modeling import ModelArgs, Transformer
+from src.testing import Ranks
 from src.training import train_step
-
-from .conftest import OnRanks
 
 ARGS = ModelArgs(dim=32, n_layers=2, n_heads=8, vocab_size=51, multiple_of=32, max_seq_len=16, pad_vocab=True)
 TIED = replace(ARGS, tie_embeddings=True)
@@ -41,18 +40,16 @@ def train(group: Group, args: ModelArgs, steps: range, source: Path | None, targ
 
 @pytest.mark.parametrize("args", [ARGS, TIED], ids=["untied", "tied"])
 @pytest.mark.parametrize("writer", [("simulated", 1), ("simulated", 4), ("gloo", 2)], ids=str)
-def test_resuming_at_another_size_changes_nothing(
-    on_ranks: OnRanks, tmp_path: Path, args: ModelArgs, writer: Any
-) -> None:
-    want = on_ranks(("simulated", 1), train, args, range(6), None, None, num_shards=8)[0]
-    first = on_ranks(writer, train, args, range(3), None, tmp_path / "c", num_shards=8)[0]
+def test_resuming_at_another_size_changes_nothing(ranks: Ranks, tmp_path: Path, args: ModelArgs, writer: Any) -> None:
+    want = ranks.on("simulated", 1)(train, args, range(6), None, None, num_shards=8)[0]
+    first = ranks.on(*writer)(train, args, range(3), None, tmp_path / "c", num_shards=8)[0]
     for reader in [("simulated", 1), ("simulated", 2), ("simulated", 8), ("gloo", 4)]:
-        second = on_ranks(reader, train, args, range(3, 6), tmp_path / "c", None, num_shards=8)[0]
+        second = ranks.on(*reader)(train, args, range(3, 6), tmp_path / "c", None, num_shards=8)[0]
         assert torch.equal(torch.stack(first + second), torch.stack(want)), reader
 
 
-def test_other_tools_see_the_unpadded_whole(on_ranks: OnRanks, tmp_path: Path) -> None:
-    on_ranks(("simulated", 4), train, ARGS, range(2), None, tmp_path / "c", num_shards=8)
+def test_other_tools_see_the_unpadded_whole(ranks: Ranks, tmp_path: Path) -> None:
+    ranks.on("simulated", 4)(train, ARGS, range(2), None, tmp_path / "c", num_shards=8)
     dcp_to_torch_save(tmp_path / "c", tmp_path / "whole.pt")
     whole = torch.load(tmp_path / "whole.pt")
     reference = Transformer(ARGS, group=Group.single(8))
@@ -70,13 +67,13 @@ def save_twice(group: Group, path: Path) -> None:
         save(path, Transformer(ARGS, group=group, seed=step), info={"step": step}, group=group)
 
 
-def test_saving_again_replaces(on_ranks: OnRanks, tmp_path: Path) -> None:
-    on_ranks(("simulated", 2), save_twice, tmp_path / "c")
+def test_saving_again_replaces(ranks: Ranks, tmp_path: Path) -> None:
+    ranks.on("simulated", 2)(save_twice, tmp_path / "c")
     assert read_info(tmp_path / "c") == {"step": 2}
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
     model = Transformer(ARGS)
     load(tmp_path / "c", model, group=Group.single())
-    want = on_ranks(("simulated", 1), whole_table, 2, num_shards=2)[0]
+    want = ranks.on("simulated", 1)(whole_table, 2, num_shards=2)[0]
     assert torch.equal(model.tok_embeddings.weight[:51], want[:51])
 
 

@@ -1,4 +1,4 @@
-"""Raw collectives, the region functions, and the ledger that counts them."""
+"""Raw collectives and the region functions."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from src import Group, Ledger, SimulationError, simulate
+from src import Group, SimulationError, simulate
 from src.distributed import (
     all_gather,
     all_reduce,
-    barrier,
     broadcast,
     copy_to_region,
     copy_to_shards,
@@ -26,9 +25,7 @@ from src.distributed import (
     scatter_to_region,
     split_shards,
 )
-
-from .conftest import OnRanks
-from .places import places
+from src.testing import Ranks
 
 Collective = Callable[..., Tensor]
 Want = Callable[[list[Tensor], int], Tensor]
@@ -77,16 +74,16 @@ CASES: dict[str, tuple[Collective, dict[str, Any], Want]] = {
 }
 
 
-@places()
+@pytest.mark.ranks(1, 2, 4, gloo=2)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("reduce_order", ["backend", "tree"])
 @pytest.mark.parametrize("case", CASES)
-def test_raw_collective(place: Any, on_ranks: OnRanks, case: str, reduce_order: str, layout: str) -> None:
+def test_raw_collective(ranks: Ranks, case: str, reduce_order: str, layout: str) -> None:
     collective, options, want = CASES[case]
-    results = on_ranks(place, call, collective, options, layout, reduce_order=reduce_order)
+    results = ranks(call, collective, options, layout, reduce_order=reduce_order)
     for rank, (out, untouched, own) in enumerate(results):
-        assert untouched and (own or place[1] == 1)
-        torch.testing.assert_close(out, want(parts_of(place[1]), rank), rtol=1e-14, atol=1e-14)
+        assert untouched and (own or ranks.world_size == 1)
+        torch.testing.assert_close(out, want(parts_of(ranks.world_size), rank), rtol=1e-14, atol=1e-14)
 
 
 @pytest.mark.parametrize("reduce_order", ["backend", "tree"])
@@ -104,9 +101,9 @@ def scatter_and_slice(group: Group) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("reduce_order", ["backend", "tree"])
-def test_reduce_scatter_is_all_reduce_and_slice(on_ranks: OnRanks, reduce_order: str) -> None:
+def test_reduce_scatter_is_all_reduce_and_slice(ranks: Ranks, reduce_order: str) -> None:
     for place in [("simulated", 4), ("gloo", 4)]:
-        for scattered, sliced in on_ranks(place, scatter_and_slice, reduce_order=reduce_order):
+        for scattered, sliced in ranks.on(*place)(scatter_and_slice, reduce_order=reduce_order):
             assert torch.equal(scattered, sliced), place
 
 
@@ -155,12 +152,12 @@ def through_regions(group: Group) -> dict[str, tuple[Tensor, Tensor]]:
     return out
 
 
-@places()
-def test_region_functions(place: Any, on_ranks: OnRanks) -> None:
-    n = place[1]
+@pytest.mark.ranks(1, 2, 4, gloo=2)
+def test_region_functions(ranks: Ranks) -> None:
+    n = ranks.world_size
     *own, x = parts_of(n + 1)
     wide, tall = torch.cat(own, -1), torch.cat(own, 1)
-    for rank, got in enumerate(on_ranks(place, through_regions)):
+    for rank, got in enumerate(ranks(through_regions)):
         columns, rows = x.chunk(n, -1)[rank], x.chunk(n, 0)[rank]
         want = {
             "copy": (x, torch.stack([upstream(x.shape, r) for r in range(n)]).sum(0)),
@@ -183,12 +180,12 @@ def over_shards(group: Group, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tenso
     return y.detach(), x.grad, torch.stack([w.grad for w in mine])
 
 
-@places(simulated=(1, 2, 4, 8), gloo=(2, 4))
-def test_sums_over_logical_shards(place: Any, on_ranks: OnRanks) -> None:
+@pytest.mark.ranks(1, 2, 4, 8, gloo=(2, 4))
+def test_sums_over_logical_shards(ranks: Ranks) -> None:
     x, *weights = parts_of(9)
     y = sum(torch.sin(w * x) for w in weights)
     grad = sum(w * torch.cos(w * x) for w in weights)
-    got = on_ranks(place, over_shards, torch.float64, num_shards=8)
+    got = ranks(over_shards, torch.float64, num_shards=8)
     for got_y, got_grad, _ in got:
         torch.testing.assert_close(got_y, y, rtol=1e-13, atol=1e-13)
         torch.testing.assert_close(got_grad, grad, rtol=1e-13, atol=1e-13)
@@ -197,14 +194,14 @@ def test_sums_over_logical_shards(place: Any, on_ranks: OnRanks) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_sums_over_logical_shards_have_one_order(on_ranks: OnRanks, dtype: torch.dtype) -> None:
+def test_sums_over_logical_shards_have_one_order(ranks: Ranks, dtype: torch.dtype) -> None:
     x, *weights = (part.to(dtype) for part in parts_of(9))
     a, b, c, d, e, f, g, h = (torch.sin(w * x) for w in weights)
     y = ((a + b) + (c + d)) + ((e + f) + (g + h))
     a, b, c, d, e, f, g, h = (w * torch.cos(w * x) for w in weights)
     grad = ((a + b) + (c + d)) + ((e + f) + (g + h))
     for place in [("simulated", n) for n in (1, 2, 4, 8)] + [("gloo", 2), ("gloo", 4)]:
-        for got_y, got_grad, _ in on_ranks(place, over_shards, dtype, num_shards=8):
+        for got_y, got_grad, _ in ranks.on(*place)(over_shards, dtype, num_shards=8):
             assert torch.equal(got_y, y) and torch.equal(got_grad, grad), place
 
 
@@ -243,39 +240,3 @@ def test_second_derivatives_are_refused(function: Collective) -> None:
 
     with pytest.raises(SimulationError, match="differentiate twice"):
         simulate(program, 2)
-
-
-def counted(group: Group) -> Any:
-    x = torch.ones(2, 6, dtype=torch.bfloat16, requires_grad=True)
-    with Ledger() as outer:
-        with Ledger() as inner:
-            y = reduce_from_region(copy_to_region(x, group=group) * group.rank, group=group)
-        y = y + gather_from_region(scatter_to_region(x, group=group), group=group)
-        y.sum().backward()
-        all_reduce(x.detach(), group=group)
-        barrier(group)
-    broadcast(x.detach(), group=group)
-    records = [(r.op, r.phase, r.shape, r.dtype, r.payload_bytes) for r in outer.records]
-    return records, inner.count(), outer.count("all_reduce"), outer.count(phase="backward"), outer.count()
-
-
-@places(simulated=(2,))
-def test_ledger(place: Any, on_ranks: OnRanks) -> None:
-    whole, half = ((2, 6), torch.bfloat16, 24), ((2, 3), torch.bfloat16, 12)
-    forward = [("all_reduce", "forward", *whole), ("all_gather", "forward", *half)]
-    backward = [("all_gather", "backward", *half), ("all_reduce", "backward", *whole)]
-    for records, inner, reductions, in_backward, everything in on_ranks(place, counted):
-        assert records[:2] == forward and sorted(records[2:4]) == sorted(backward)
-        assert records[4:] == [("all_reduce", "forward", *whole)]
-        assert (inner, reductions, in_backward, everything) == (1, 3, 2, 5)
-
-
-def test_ledger_belongs_to_its_rank_and_a_world_of_one_sends_nothing() -> None:
-    def program(group: Group) -> int:
-        with Ledger() as ledger:
-            for _ in range(3):
-                all_reduce(torch.ones(1), group=group)
-        return ledger.count() if group.rank else -1
-
-    assert simulate(program, 3) == [-1, 3, 3]
-    assert simulate(counted, 1)[0][-1] == 0

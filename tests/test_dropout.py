@@ -16,11 +16,9 @@ from src import Group
 from src.checkpoint import load, save
 from src.distributed.regions import split_shards
 from src.modeling import ModelArgs, ParallelDropout, Transformer
+from src.testing import Ranks
 from src.training import train_step
 from src.verification import unsharded_gradients
-
-from .conftest import OnRanks
-from .places import places
 
 ARGS = ModelArgs(dim=32, n_layers=2, n_heads=8, vocab_size=48, multiple_of=32, max_seq_len=8, dropout=0.2)
 SIZES = [("simulated", 2), ("simulated", 4), ("simulated", 8), ("gloo", 2)]
@@ -75,20 +73,20 @@ def masks(group: Group, kind: str) -> Tensor:
 
 
 @pytest.mark.parametrize("kind, dim", [("sharded", 3), ("sequence", 2), ("replicated", None)])
-def test_masks_are_the_same_at_every_size(on_ranks: OnRanks, kind: str, dim: int | None) -> None:
-    (want,) = on_ranks(("simulated", 1), masks, kind, num_shards=8)
+def test_masks_are_the_same_at_every_size(ranks: Ranks, kind: str, dim: int | None) -> None:
+    (want,) = ranks.on("simulated", 1)(masks, kind, num_shards=8)
     assert want.shape == (2, 2, 8, 16) and not torch.equal(want[0], want[1])
     for place in SIZES:
-        parts = on_ranks(place, masks, kind, num_shards=8)
+        parts = ranks.on(*place)(masks, kind, num_shards=8)
         assert all(torch.equal(got, want) for got in (parts if dim is None else [torch.cat(parts, dim)])), place
 
 
-@places(simulated=(2, 4))
-def test_without_fixed_shards_ranks_agree_where_the_tensor_is_replicated(place: Any, on_ranks: OnRanks) -> None:
-    first, *others = on_ranks(place, masks, "replicated")
+@pytest.mark.ranks(2, 4, gloo=2)
+def test_without_fixed_shards_ranks_agree_where_the_tensor_is_replicated(ranks: Ranks) -> None:
+    first, *others = ranks(masks, "replicated")
     assert all(torch.equal(other, first) for other in others)
     for kind in ("sharded", "sequence"):
-        for one, other in itertools.combinations(on_ranks(place, masks, kind), 2):
+        for one, other in itertools.combinations(ranks(masks, kind), 2):
             assert not torch.equal(one, other), kind
 
 
@@ -156,13 +154,13 @@ def train(group: Group, steps: range, source: Path | None, target: Path | None, 
     return torch.stack(losses)
 
 
-def test_a_resumed_run_goes_on_with_the_masks(on_ranks: OnRanks, tmp_path: Path) -> None:
-    (want,) = on_ranks(("simulated", 1), train, range(4), None, None, False, num_shards=8)
-    first = on_ranks(("simulated", 4), train, range(2), None, tmp_path / "c", False, num_shards=8)[0]
+def test_a_resumed_run_goes_on_with_the_masks(ranks: Ranks, tmp_path: Path) -> None:
+    (want,) = ranks.on("simulated", 1)(train, range(4), None, None, False, num_shards=8)
+    first = ranks.on("simulated", 4)(train, range(2), None, tmp_path / "c", False, num_shards=8)[0]
     for place in [("simulated", 1), ("simulated", 8), ("gloo", 2)]:
-        for second in on_ranks(place, train, range(2, 4), tmp_path / "c", None, False, num_shards=8):
+        for second in ranks.on(*place)(train, range(2, 4), tmp_path / "c", None, False, num_shards=8):
             assert torch.equal(torch.cat([first, second]), want), place
-    (repeating,) = on_ranks(("simulated", 1), train, range(2, 4), tmp_path / "c", None, True, num_shards=8)
+    (repeating,) = ranks.on("simulated", 1)(train, range(2, 4), tmp_path / "c", None, True, num_shards=8)
     assert not torch.equal(repeating, want[2:])
 
 
@@ -178,10 +176,10 @@ def gradients(group: Group, recompute: bool, sequence_parallel: bool) -> tuple[d
     return unsharded_gradients(model, group=group), counts
 
 
-@places(simulated=(1, 2))
+@pytest.mark.ranks(1, 2, gloo=2)
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_activation_checkpointing_repeats_the_masks(place: Any, on_ranks: OnRanks, sequence_parallel: bool) -> None:
-    stored, recomputed = (on_ranks(place, gradients, flag, sequence_parallel, num_shards=8) for flag in (False, True))
+def test_activation_checkpointing_repeats_the_masks(ranks: Ranks, sequence_parallel: bool) -> None:
+    stored, recomputed = (ranks(gradients, flag, sequence_parallel, num_shards=8) for flag in (False, True))
     for (want, counts), (got, counts_again) in zip(stored, recomputed, strict=True):
         assert counts == counts_again == [2] * 8
         assert got.keys() == want.keys()

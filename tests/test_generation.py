@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,9 +10,7 @@ from src import Group
 from src.distributed import gather_from_region
 from src.generation import generate
 from src.modeling import ModelArgs, Transformer
-
-from .conftest import OnRanks
-from .places import places
+from src.testing import Ranks
 
 ARGS = ModelArgs(dim=32, n_layers=2, n_heads=4, vocab_size=50, multiple_of=32, max_seq_len=24, pad_vocab=True)
 PROMPT = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
@@ -32,9 +28,9 @@ def greedy_by_full_forwards(group: Group) -> Tensor:
     return ids[:, PROMPT.shape[1] :]
 
 
-@places()
-def test_greedy_text_is_that_of_full_forwards(place: Any, on_ranks: OnRanks) -> None:
-    cached, full = on_ranks(place, greedy), on_ranks(place, greedy_by_full_forwards)
+@pytest.mark.ranks(1, 2, 4, gloo=2)
+def test_greedy_text_is_that_of_full_forwards(ranks: Ranks) -> None:
+    cached, full = ranks(greedy), ranks(greedy_by_full_forwards)
     assert all(torch.equal(tokens, full[0]) for tokens in cached)
 
 
@@ -43,12 +39,12 @@ def sampled(group: Group, temperature: float, seed: int) -> Tensor:
     return torch.stack(list(generate(model, PROMPT, 12, temperature=temperature, seed=seed)), 1)
 
 
-@places(simulated=(4,))
-def test_all_ranks_draw_the_same_tokens(place: Any, on_ranks: OnRanks) -> None:
-    first, *others = on_ranks(place, sampled, 1.0, 7)
+@pytest.mark.ranks(4, gloo=2)
+def test_all_ranks_draw_the_same_tokens(ranks: Ranks) -> None:
+    first, *others = ranks(sampled, 1.0, 7)
     assert all(torch.equal(tokens, first) for tokens in others)
-    assert not torch.equal(first, on_ranks(place, sampled, 1.0, 8)[0])
-    assert torch.equal(on_ranks(place, sampled, 1e-6, 7)[0], on_ranks(place, greedy)[0])
+    assert not torch.equal(first, ranks(sampled, 1.0, 8)[0])
+    assert torch.equal(ranks(sampled, 1e-6, 7)[0], ranks(greedy)[0])
 
 
 def test_padding_is_never_generated() -> None:

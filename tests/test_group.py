@@ -14,9 +14,7 @@ import torch.distributed as dist
 from src import Group, SimulationError, close, init, simulate
 from src.distributed import all_reduce, local_device
 from src.distributed.group import as_group, group_or_single
-
-from .conftest import OnRanks
-from .places import places
+from src.testing import Ranks
 
 Facts = tuple[int, int, int, str]
 
@@ -34,10 +32,10 @@ def from_default(group: Group) -> tuple[Facts, Facts, float]:
     return facts(Group()), facts(group), total(Group())
 
 
-@places()
-def test_default_group(place: Any, on_ranks: OnRanks) -> None:
-    n = place[1]
-    for rank, (made, given, sum_of_ranks) in enumerate(on_ranks(place, from_default)):
+@pytest.mark.ranks(1, 2, 4, gloo=2)
+def test_default_group(ranks: Ranks) -> None:
+    n = ranks.world_size
+    for rank, (made, given, sum_of_ranks) in enumerate(ranks(from_default)):
         assert made == given == (rank, n, n, "backend")
         assert sum_of_ranks == n * (n - 1) / 2
 
@@ -54,10 +52,10 @@ def from_parts(group: Group, kind: str) -> tuple[Facts, float]:
     return facts(inner), total(inner)
 
 
-@pytest.mark.parametrize("place", [("simulated", 2), ("simulated", 4), ("gloo", 2)], ids=str)
+@pytest.mark.ranks(2, 4, gloo=2)
 @pytest.mark.parametrize("kind", ["mesh", "process group"])
-def test_subgroup(place: Any, on_ranks: OnRanks, kind: str) -> None:
-    for rank, (made, sum_of_ranks) in enumerate(on_ranks(place, from_parts, kind)):
+def test_subgroup(ranks: Ranks, kind: str) -> None:
+    for rank, (made, sum_of_ranks) in enumerate(ranks(from_parts, kind)):
         assert made == (rank % 2, 2, 4, "tree")
         assert sum_of_ranks == 2 * (rank - rank % 2) + 1
 
@@ -94,20 +92,20 @@ def single_inside(group: Group) -> tuple[Facts, float]:
     return facts(Group.single(2)), total(Group.single())
 
 
-@places(simulated=(2,))
-def test_single_inside_an_initialised_job(place: Any, on_ranks: OnRanks) -> None:
-    assert on_ranks(place, single_inside) == [((0, 1, 2, "tree"), float(rank)) for rank in range(2)]
+@pytest.mark.ranks(2)
+def test_single_inside_an_initialised_job(ranks: Ranks) -> None:
+    assert ranks(single_inside) == [((0, 1, 2, "tree"), float(rank)) for rank in range(2)]
 
 
 def shards(group: Group) -> tuple[list[int], str]:
     return list(group.shards), group.reduce_order
 
 
-@places(simulated=(1, 2, 4, 8))
-def test_given_num_shards(place: Any, on_ranks: OnRanks) -> None:
-    each = 8 // place[1]
-    want = [(list(range(rank * each, (rank + 1) * each)), "tree") for rank in range(place[1])]
-    assert on_ranks(place, shards, num_shards=8) == want
+@pytest.mark.ranks(1, 2, 4, 8, gloo=2)
+def test_given_num_shards(ranks: Ranks) -> None:
+    each = 8 // ranks.world_size
+    want = [(list(range(rank * each, (rank + 1) * each)), "tree") for rank in range(ranks.world_size)]
+    assert ranks(shards, num_shards=8) == want
 
 
 def test_reduce_order() -> None:
@@ -156,9 +154,9 @@ def copied(group: Group) -> bool:
     return copy.deepcopy(holder)["group"] is group
 
 
-@places(simulated=(1, 2))
-def test_copying_and_pickling(place: Any, on_ranks: OnRanks) -> None:
-    assert on_ranks(place, copied) == [True] * place[1]
+@pytest.mark.ranks(1, 2, gloo=2)
+def test_copying_and_pickling(ranks: Ranks) -> None:
+    assert ranks(copied) == [True] * ranks.world_size
 
 
 @pytest.mark.parametrize("group", [Group.single(), Group.single(4)], ids=repr)

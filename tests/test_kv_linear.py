@@ -18,10 +18,9 @@ from src.checkpoint import load, save
 from src.distributed.regions import copy_to_shards
 from src.modeling import KVParallelLinear, ModelArgs, Transformer, vocab_parallel_cross_entropy
 from src.modeling.parameters import placements
+from src.testing import Ranks
 from src.training import clip_grad_norm_
 from src.verification import unsharded_weights
-
-from .conftest import OnRanks
 
 SHARDS, HEAD_DIM = 8, 4
 SIZES = pytest.mark.parametrize("num_heads", [1, 2])
@@ -82,8 +81,8 @@ CASES = [(w, SHARDS) for w in (1, 2, 4, 8)] + [(w, None) for w in (2, 4, 6, 8)]
 @pytest.mark.parametrize(
     "place, num_shards", [*((("simulated", w), v) for w, v in CASES), (("gloo", 4), SHARDS), (("gloo", 4), None)]
 )
-def test_values_and_gradients(place: Any, num_shards: int | None, on_ranks: OnRanks, num_heads: int) -> None:
-    results = on_ranks(place, project, num_heads, num_shards=num_shards)
+def test_values_and_gradients(place: Any, num_shards: int | None, ranks: Ranks, num_heads: int) -> None:
+    results = ranks.on(*place)(project, num_heads, num_shards=num_shards)
     got, want = merged(results), reference(num_heads, num_shards or place[1])
     assert got.keys() == want.keys()
     for name in want:
@@ -104,13 +103,13 @@ def gradient_of_shard(shard: int, head: int) -> Tensor:
 
 
 @SIZES
-def test_gradients_are_summed_in_the_fixed_tree(on_ranks: OnRanks, num_heads: int) -> None:
+def test_gradients_are_summed_in_the_fixed_tree(ranks: Ranks, num_heads: int) -> None:
     sharers = SHARDS // num_heads
     runs = [range(head * sharers, (head + 1) * sharers) for head in range(num_heads)]
     terms = [[gradient_of_shard(shard, head) for shard in run] for head, run in enumerate(runs)]
     assert all(not torch.equal(tree(own), sum(own)) for own in terms)
     for place in [("simulated", 1), ("simulated", 2), ("simulated", 4), ("simulated", 8), ("gloo", 4)]:
-        got = merged(on_ranks(place, project, num_heads, num_shards=SHARDS))
+        got = merged(ranks.on(*place)(project, num_heads, num_shards=SHARDS))
         for head, own in enumerate(terms):
             assert torch.equal(got[f"weight.grad {head}"], tree(own)), (place, head)
 
@@ -154,10 +153,10 @@ def train_plain(args: ModelArgs, first: dict[str, Tensor]) -> tuple[dict[str, Te
 @pytest.mark.parametrize(
     "place, num_shards", [(("simulated", 1), 8), (("simulated", 4), 8), (("simulated", 8), None), (("gloo", 4), None)]
 )
-def test_training_is_that_of_a_plain_model(place: Any, num_shards: Any, on_ranks: OnRanks, num_heads: int) -> None:
+def test_training_is_that_of_a_plain_model(place: Any, num_shards: Any, ranks: Ranks, num_heads: int) -> None:
     """Above all: a shared head counts once in the norm, and its replicas stay equal."""
     args = replace(ARGS, n_kv_heads=num_heads)
-    results = on_ranks(place, train, args, num_shards=num_shards)
+    results = ranks.on(*place)(train, args, num_shards=num_shards)
     weights, norms = train_plain(args, results[0]["first"])
     replicas: dict[Any, list[Tensor]] = defaultdict(list)
     for result in results:
@@ -201,11 +200,11 @@ def read(group: Group, path: Path) -> dict[str, Tensor]:
     "writer, num_shards", [(("simulated", 8), None), (("simulated", 8), SHARDS), (("gloo", 4), None)], ids=str
 )
 def test_checkpoints_hold_each_head_once(
-    on_ranks: OnRanks, tmp_path: Path, writer: tuple[str, int], num_shards: int | None
+    ranks: Ranks, tmp_path: Path, writer: tuple[str, int], num_shards: int | None
 ) -> None:
-    saved, *others = on_ranks(writer, write, tmp_path / "c", num_shards=num_shards)
+    saved, *others = ranks.on(*writer)(write, tmp_path / "c", num_shards=num_shards)
     for place in [("simulated", 1), ("simulated", 2), ("simulated", 8)]:
-        for got in [*on_ranks(place, read, tmp_path / "c", num_shards=num_shards), *others]:
+        for got in [*ranks.on(*place)(read, tmp_path / "c", num_shards=num_shards), *others]:
             assert got.keys() == saved.keys()
             assert [name for name in saved if not torch.equal(got[name], saved[name])] == [], place
 

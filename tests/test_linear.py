@@ -11,9 +11,7 @@ from torch import Tensor, nn
 
 from src import Group
 from src.modeling import ColumnParallelLinear, RowParallelLinear
-
-from .conftest import OnRanks
-from .places import places
+from src.testing import Ranks
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> tuple[nn.Linear, Tensor, Tensor]:
@@ -65,26 +63,26 @@ def check(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
         torch.testing.assert_close(got[name].double(), want[name], rtol=1e-5, atol=1e-5)
 
 
-@places(gloo=(2, 4))
+@pytest.mark.ranks(1, 2, 4, gloo=(2, 4))
 @pytest.mark.parametrize("gather", [False, True])
-def test_column(place: Any, on_ranks: OnRanks, gather: bool) -> None:
+def test_column(ranks: Ranks, gather: bool) -> None:
     dims = {"weight": 0, "bias": 0} | ({} if gather else {"y": -1})
-    check(whole(on_ranks(place, column, gather), dims), reference())
+    check(whole(ranks(column, gather), dims), reference())
 
 
-@places(gloo=(2, 4))
+@pytest.mark.ranks(1, 2, 4, gloo=(2, 4))
 @pytest.mark.parametrize("parallel_input", [False, True])
-def test_row(place: Any, on_ranks: OnRanks, parallel_input: bool) -> None:
+def test_row(ranks: Ranks, parallel_input: bool) -> None:
     dims = {"weight": 1} | ({"x": -1} if parallel_input else {})
-    check(whole(on_ranks(place, row, parallel_input), dims), reference())
+    check(whole(ranks(row, parallel_input), dims), reference())
 
 
 @pytest.mark.parametrize("body, dims", [(column, {"y": -1, "weight": 0, "bias": 0}), (row, {"weight": 1, "x": -1})])
-def test_same_bits_at_every_size(on_ranks: OnRanks, body: Any, dims: dict[str, int]) -> None:
+def test_same_bits_at_every_size(ranks: Ranks, body: Any, dims: dict[str, int]) -> None:
     flag = body is row
-    want = whole(on_ranks(("simulated", 1), body, flag, num_shards=8), dims)
+    want = whole(ranks.on("simulated", 1)(body, flag, num_shards=8), dims)
     for place in [("simulated", 2), ("simulated", 4), ("simulated", 8), ("gloo", 2)]:
-        got = whole(on_ranks(place, body, flag, num_shards=8), dims)
+        got = whole(ranks.on(*place)(body, flag, num_shards=8), dims)
         for name in want:
             assert torch.equal(got[name], want[name]), (place, name)
 
@@ -96,10 +94,10 @@ def initial(group: Group, kind: str) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("kind, dim", [("column", 0), ("row", 1)])
-def test_initial_values_belong_to_logical_shards(on_ranks: OnRanks, kind: str, dim: int) -> None:
+def test_initial_values_belong_to_logical_shards(ranks: Ranks, kind: str, dim: int) -> None:
     whole_at = {}
     for n in (1, 2, 4, 8):
-        results = on_ranks(("simulated", n), initial, kind, num_shards=8)
+        results = ranks.on("simulated", n)(initial, kind, num_shards=8)
         whole_at[n] = torch.cat([weight for weight, _ in results], dim)
     assert all(torch.equal(whole_at[1], other) for other in whole_at.values())
     shard = torch.empty(whole_at[1].chunk(8, dim)[3].shape)
@@ -107,7 +105,7 @@ def test_initial_values_belong_to_logical_shards(on_ranks: OnRanks, kind: str, d
     assert torch.equal(whole_at[1].chunk(8, dim)[3], shard)
 
 
-def test_sizes_that_do_not_divide(on_ranks: OnRanks) -> None:
+def test_sizes_that_do_not_divide() -> None:
     with pytest.raises(ValueError, match=r"out_features=6 cannot be sharded over num_shards=4 logical shards"):
         ColumnParallelLinear(8, 6, group=Group.single(4))
     with pytest.raises(ValueError, match="in_features=6 cannot be sharded"):

@@ -12,9 +12,7 @@ from torch import Tensor
 from src import Group, Ledger
 from src.modeling import loss as loss_module
 from src.modeling import vocab_parallel_cross_entropy
-
-from .conftest import OnRanks
-from .places import places
+from src.testing import Ranks
 
 COLUMNS = 104
 TOLERANCES = {torch.float64: (1e-12, 1e-12), torch.float32: (1e-5, 1e-6), torch.bfloat16: (1e-5, 1e-2)}
@@ -85,45 +83,41 @@ def check(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], dtype: torch.
     torch.testing.assert_close(got[1].double(), want[1], rtol=slope, atol=slope * 1e-2)
 
 
-@places()
+@pytest.mark.ranks(1, 2, 4, gloo=2)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_values_and_gradients(place: Any, on_ranks: OnRanks, dtype: torch.dtype) -> None:
+def test_values_and_gradients(ranks: Ranks, dtype: torch.dtype) -> None:
     for options in VARIANTS.values():
         case = (*inputs(dtype, options), options)
-        check(whole(on_ranks(place, program, *case)), reference(*case), dtype)
+        check(whole(ranks(program, *case)), reference(*case), dtype)
 
 
 @pytest.mark.parametrize("padding", [float("nan"), float("inf"), 1e30])
 @pytest.mark.parametrize("num_shards", [None, 8])
 @pytest.mark.parametrize("world_size", [1, 4])
-def test_padded_columns_are_never_read(
-    on_ranks: OnRanks, padding: float, num_shards: int | None, world_size: int
-) -> None:
+def test_padded_columns_are_never_read(ranks: Ranks, padding: float, num_shards: int | None, world_size: int) -> None:
     options = {"label_smoothing": 0.2, "z_loss": 1e-2, "vocab_size": 75}
     logits, targets, grad = inputs(torch.float32, options)
     want = reference(logits, targets, grad, options)
     logits[..., 75:] = padding
     place = ("simulated", world_size)
-    got = whole(on_ranks(place, program, logits, targets, grad, options, num_shards=num_shards))
+    got = whole(ranks.on(*place)(program, logits, targets, grad, options, num_shards=num_shards))
     check(got, want, torch.float32)
     assert torch.equal(got[1][..., 75:], torch.zeros(3, 7, COLUMNS - 75))
 
 
 @pytest.mark.parametrize("elements", [1, 2 * COLUMNS, 5 * COLUMNS])
 @pytest.mark.parametrize("num_shards", [None, 8])
-def test_blocks_of_rows(
-    on_ranks: OnRanks, monkeypatch: pytest.MonkeyPatch, elements: int, num_shards: int | None
-) -> None:
+def test_blocks_of_rows(ranks: Ranks, monkeypatch: pytest.MonkeyPatch, elements: int, num_shards: int | None) -> None:
     monkeypatch.setattr(loss_module, "BLOCK_ELEMENTS", elements)
     options = {"label_smoothing": 0.1, "z_loss": 1e-2, "reduction": "none"}
     case = (*inputs(torch.float32, options), options)
-    check(whole(on_ranks(("simulated", 2), program, *case, num_shards=num_shards)), reference(*case), torch.float32)
+    check(whole(ranks.on("simulated", 2)(program, *case, num_shards=num_shards)), reference(*case), torch.float32)
 
 
-def test_large_logits(on_ranks: OnRanks) -> None:
+def test_large_logits(ranks: Ranks) -> None:
     options = {"z_loss": 1e-4}
     case = (*inputs(torch.float32, options, scale=1e4), options)
-    (loss, grad), (want, want_grad) = whole(on_ranks(("simulated", 2), program, *case)), reference(*case)
+    (loss, grad), (want, want_grad) = whole(ranks.on("simulated", 2)(program, *case)), reference(*case)
     assert want > 1e4
     torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=0)
     torch.testing.assert_close(grad.double(), want_grad, rtol=2e-3, atol=1e-6)
@@ -132,21 +126,21 @@ def test_large_logits(on_ranks: OnRanks) -> None:
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2, "vocab_size": 90}], ids=["plain", "smoothing"])
 @pytest.mark.parametrize("num_shards", [None, 8])
 def test_a_constant_added_to_all_logits_changes_nothing(
-    on_ranks: OnRanks, options: dict[str, Any], num_shards: int | None
+    ranks: Ranks, options: dict[str, Any], num_shards: int | None
 ) -> None:
     logits, targets, grad = inputs(torch.float64, options)
     logits = (logits * 64).round() / 64
     shifted = (logits + 2**14).float()
     assert torch.equal(shifted.double(), logits + 2**14)
-    got = whole(on_ranks(("simulated", 2), program, shifted, targets, grad, options, num_shards=num_shards))
+    got = whole(ranks.on("simulated", 2)(program, shifted, targets, grad, options, num_shards=num_shards))
     check(got, reference(logits, targets, grad, options), torch.float32)
 
 
 @pytest.mark.parametrize("reduction, value", [("mean", float("nan")), ("sum", 0.0)])
-def test_all_targets_ignored(on_ranks: OnRanks, reduction: str, value: float) -> None:
+def test_all_targets_ignored(ranks: Ranks, reduction: str, value: float) -> None:
     logits, targets, grad = inputs(torch.float32)
     options = {"reduction": reduction}
-    loss, slopes = whole(on_ranks(("simulated", 2), program, logits, targets.fill_(-100), grad, options))
+    loss, slopes = whole(ranks.on("simulated", 2)(program, logits, targets.fill_(-100), grad, options))
     torch.testing.assert_close(loss, torch.tensor(value), equal_nan=True)
     assert torch.equal(slopes, torch.zeros_like(logits))
 
@@ -163,14 +157,14 @@ def untouched(group: Group, logits: Tensor, targets: Tensor) -> tuple[Tensor, Te
     return loss.detach(), leaf.grad
 
 
-@places()
+@pytest.mark.ranks(1, 2, 4, gloo=2)
 @pytest.mark.parametrize("shape", [(9,), (3, 7), (2, 3, 4)])
-def test_leading_shapes_strides_and_inputs_left_alone(place: Any, on_ranks: OnRanks, shape: tuple[int, ...]) -> None:
+def test_leading_shapes_strides_and_inputs_left_alone(ranks: Ranks, shape: tuple[int, ...]) -> None:
     logits, targets, grad = inputs(torch.float32, shape=shape)
-    want = whole(on_ranks(place, program, logits, targets, grad, {}))
-    got = whole(on_ranks(place, untouched, logits, targets))
+    want = whole(ranks(program, logits, targets, grad, {}))
+    got = whole(ranks(untouched, logits, targets))
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-8)
-    none = on_ranks(place, program, logits, targets, grad, {"reduction": "none"})[0][0]
+    none = ranks(program, logits, targets, grad, {"reduction": "none"})[0][0]
     assert none.shape == shape
 
 
@@ -181,24 +175,24 @@ def sent(group: Group, logits: Tensor, targets: Tensor, smoothing: float) -> lis
     return [(r.op, r.phase, r.payload_bytes) for r in ledger.records]
 
 
-@places()
+@pytest.mark.ranks(1, 2, 4, gloo=2)
 @pytest.mark.parametrize("num_shards", [None, 4])
-def test_one_collective_forward_and_none_backward(place: Any, on_ranks: OnRanks, num_shards: int | None) -> None:
+def test_one_collective_forward_and_none_backward(ranks: Ranks, num_shards: int | None) -> None:
     logits, targets, _ = inputs(torch.bfloat16)
-    shards = 1 if num_shards is None else num_shards // place[1]
+    shards = 1 if num_shards is None else num_shards // ranks.world_size
     for smoothing, token_bytes in ((0.0, 12), (0.1, 16)):
-        want = [] if place[1] == 1 else [("all_gather", "forward", targets.numel() * token_bytes * shards)]
-        assert on_ranks(place, sent, logits, targets, smoothing, num_shards=num_shards) == [want] * place[1]
+        want = [] if ranks.world_size == 1 else [("all_gather", "forward", targets.numel() * token_bytes * shards)]
+        assert ranks(sent, logits, targets, smoothing, num_shards=num_shards) == [want] * ranks.world_size
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["mean", "all-mean", "all-sum", "all-none"])
-def test_same_bits_at_every_size(on_ranks: OnRanks, dtype: torch.dtype, name: str) -> None:
+def test_same_bits_at_every_size(ranks: Ranks, dtype: torch.dtype, name: str) -> None:
     options = VARIANTS[name]
     case = (*inputs(dtype, options), options)
-    want = whole(on_ranks(("simulated", 1), program, *case, num_shards=8))
+    want = whole(ranks.on("simulated", 1)(program, *case, num_shards=8))
     for place in [("simulated", 2), ("simulated", 4), ("simulated", 8), ("gloo", 2)]:
-        got = whole(on_ranks(place, program, *case, num_shards=8))
+        got = whole(ranks.on(*place)(program, *case, num_shards=8))
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1]), place
 
 

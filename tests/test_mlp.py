@@ -11,9 +11,8 @@ from torch import Tensor
 
 from src import Group, Ledger
 from src.modeling import FeedForward
+from src.testing import Ranks
 
-from .conftest import OnRanks
-from .places import places
 from .test_attention import Weights, check_against, inputs, traced
 
 
@@ -45,10 +44,10 @@ def forward_backward(group: Group) -> Any:
     return traced(FeedForward(32, 128, 16, 1.1, group=group, dtype=torch.float64))
 
 
-@places()
+@pytest.mark.ranks(1, 2, 4, gloo=2)
 @pytest.mark.parametrize("num_shards", [None, 4])
-def test_values_and_gradients(place: Any, on_ranks: OnRanks, num_shards: int | None) -> None:
-    check_against(reference_mlp, on_ranks(place, forward_backward, num_shards=num_shards))
+def test_values_and_gradients(ranks: Ranks, num_shards: int | None) -> None:
+    check_against(reference_mlp, ranks(forward_backward, num_shards=num_shards))
 
 
 def sent(group: Group) -> list[tuple[str, str, int]]:
@@ -58,10 +57,10 @@ def sent(group: Group) -> list[tuple[str, str, int]]:
 
 
 @pytest.mark.parametrize("num_shards", [None, 8])
-def test_one_all_reduce_each_way(on_ranks: OnRanks, num_shards: int | None) -> None:
+def test_one_all_reduce_each_way(ranks: Ranks, num_shards: int | None) -> None:
     size = inputs()[0].nbytes
     want = [("all_reduce", "forward", size), ("all_reduce", "backward", size)]
-    assert on_ranks(("simulated", 2), sent, num_shards=num_shards) == [want, want]
+    assert ranks.on("simulated", 2)(sent, num_shards=num_shards) == [want, want]
 
 
 def test_errors() -> None:

@@ -11,9 +11,7 @@ from torch import Tensor, nn
 
 from src import Group, Ledger
 from src.modeling import GroupRMSNorm, RMSNorm
-
-from .conftest import OnRanks
-from .places import places
+from src.testing import Ranks
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
@@ -121,7 +119,7 @@ def whole(results: list[dict[str, Any]]) -> dict[str, Tensor]:
     return {name: torch.cat([result["parts"][name] for result in results], -1) for name in results[0]["parts"]}
 
 
-@places(gloo=(2, 4))
+@pytest.mark.ranks(1, 2, 4, gloo=(2, 4))
 @pytest.mark.parametrize(
     "size, communicating",
     [
@@ -131,20 +129,20 @@ def whole(results: list[dict[str, Any]]) -> dict[str, Tensor]:
         pytest.param(8, (2, 4), id="straddling"),
     ],
 )
-def test_sharded_over_hidden(place: Any, on_ranks: OnRanks, size: int, communicating: tuple[int, ...]) -> None:
-    results = on_ranks(place, sharded, 24, size)
+def test_sharded_over_hidden(ranks: Ranks, size: int, communicating: tuple[int, ...]) -> None:
+    results = ranks(sharded, 24, size)
     got, weight = whole(results), GroupRMSNorm(24, size).weight
     assert torch.equal(got.pop("initial"), weight)
     check(got, reference(numbers(0, 2, 7, 24), weight, numbers(1, 2, 7, 24), size))
     once = [("all_reduce", "forward"), ("all_reduce", "backward")]
-    assert all(result["calls"] == (once if place[1] in communicating else []) for result in results)
-    assert all(result["shard_dims"] == ({"weight": 0} if place[1] > 1 else {}) for result in results)
+    assert all(result["calls"] == (once if ranks.world_size in communicating else []) for result in results)
+    assert all(result["shard_dims"] == ({"weight": 0} if ranks.world_size > 1 else {}) for result in results)
 
 
 @pytest.mark.parametrize("size", [3, 8])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_sharded_statistics_are_wide(on_ranks: OnRanks, size: int, dtype: torch.dtype) -> None:
-    got = whole(on_ranks(("simulated", 4), sharded, 24, size, 7, dtype, 30000.0))
+def test_sharded_statistics_are_wide(ranks: Ranks, size: int, dtype: torch.dtype) -> None:
+    got = whole(ranks.on("simulated", 4)(sharded, 24, size, 7, dtype, 30000.0))
     x = (numbers(0, 2, 7, 24) * 30000).clamp(-60000, 60000).to(dtype)
     want = reference(x, GroupRMSNorm(24, size).weight, numbers(1, 2, 7, 24, dtype=dtype), size)
     assert got["y"].dtype == dtype
@@ -154,11 +152,11 @@ def test_sharded_statistics_are_wide(on_ranks: OnRanks, size: int, dtype: torch.
 
 @pytest.mark.parametrize("rows", [1, 77])
 @pytest.mark.parametrize("hidden, size", [(64, 4), (64, 8), (64, 16), (64, 64), (48, 4), (512, 512)])
-def test_same_bits_at_every_size(on_ranks: OnRanks, hidden: int, size: int, rows: int) -> None:
-    want = whole(on_ranks(("simulated", 1), sharded, hidden, size, rows, num_shards=8))
+def test_same_bits_at_every_size(ranks: Ranks, hidden: int, size: int, rows: int) -> None:
+    want = whole(ranks.on("simulated", 1)(sharded, hidden, size, rows, num_shards=8))
     different = []
     for place in [("simulated", 2), ("simulated", 4), ("simulated", 8), ("gloo", 2)]:
-        got = whole(on_ranks(place, sharded, hidden, size, rows, num_shards=8))
+        got = whole(ranks.on(*place)(sharded, hidden, size, rows, num_shards=8))
         different += [(*place, name) for name in want if not torch.equal(got[name], want[name])]
     assert not different
 
@@ -168,8 +166,8 @@ def given_no_group(group: Group) -> tuple[int, dict[str, int]]:
     return norm.weight.numel(), norm.shard_dims()
 
 
-def test_none_is_unsharded_among_ranks(on_ranks: OnRanks) -> None:
-    assert on_ranks(("simulated", 2), given_no_group) == [(8, {})] * 2
+def test_none_is_unsharded_among_ranks(ranks: Ranks) -> None:
+    assert ranks.on("simulated", 2)(given_no_group) == [(8, {})] * 2
 
 
 def copied(group: Group) -> None:
@@ -182,8 +180,8 @@ def copied(group: Group) -> None:
     assert twin.weight.abs().sum() > 0
 
 
-def test_deepcopy(on_ranks: OnRanks) -> None:
-    on_ranks(("simulated", 2), copied)
+def test_deepcopy(ranks: Ranks) -> None:
+    ranks.on("simulated", 2)(copied)
 
 
 @pytest.mark.parametrize(
@@ -213,10 +211,8 @@ def too_narrow(group: Group) -> str:
         (2, {"num_shards": 4}, "hidden_size=6 cannot be sharded over num_shards=4 logical shards (world_size=2 ranks)"),
     ],
 )
-def test_hidden_size_that_does_not_divide(
-    on_ranks: OnRanks, world_size: int, options: dict[str, int], message: str
-) -> None:
-    assert all(message in text for text in on_ranks(("simulated", world_size), too_narrow, **options))
+def test_hidden_size_that_does_not_divide(ranks: Ranks, world_size: int, options: dict[str, int], message: str) -> None:
+    assert all(message in text for text in ranks.on("simulated", world_size)(too_narrow, **options))
 
 
 @pytest.mark.parametrize("cls", [RMSNorm, GroupRMSNorm])

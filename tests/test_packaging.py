@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -41,11 +42,13 @@ def test_wheel(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("isoshard-*.whl")
     target = tmp_path / "installed"
     run(tmp_path, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel))
-    assert sorted(path.name for path in target.iterdir() if path.suffix != ".dist-info") == ["isoshard"]
+    assert sorted(path.name for path in target.iterdir() if path.suffix != ".dist-info") == ["bin", "isoshard"]
     found = {path.relative_to(target / "isoshard") for path in (target / "isoshard").rglob("*.py")}
     assert found == {path.relative_to(ROOT / "src") for path in (ROOT / "src").rglob("*.py")}
     assert (target / "isoshard" / "py.typed").exists()
     assert run(tmp_path, "-c", USE, PYTHONPATH=str(target)) == f"None {target / 'isoshard'}"
+    shown = run(tmp_path, "-m", "pytest", "--trace-config", "--version", "--version", PYTHONPATH=str(target))
+    assert re.search(rf"isoshard-\S+ at {target}/isoshard/testing.py", shown)
 
 
 @pytest.mark.skipif(find_spec("isoshard") is None, reason="isoshard is not installed here; scripts/test.sh does it")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,8 +11,7 @@ from src import Group
 from src.distributed import all_reduce, collectives
 from src.distributed.collectives import GATHER_BYTES
 from src.distributed.reduction import ring_sum, tree_sum
-
-from .conftest import OnRanks
+from src.testing import Ranks
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [*range(1, 71), 1000, 2**16 + 3, 1_000_003]
@@ -101,8 +98,8 @@ def ring_differs_from_gloo(group: Group, dtype: torch.dtype) -> list[int]:
 
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_ring_has_the_bits_of_gloo(on_ranks: OnRanks, world_size: int, dtype: torch.dtype) -> None:
-    assert on_ranks(("gloo", world_size), ring_differs_from_gloo, dtype) == [[]] * world_size
+def test_ring_has_the_bits_of_gloo(ranks: Ranks, world_size: int, dtype: torch.dtype) -> None:
+    assert ranks.on("gloo", world_size)(ring_differs_from_gloo, dtype) == [[]] * world_size
 
 
 def summed(group: Group, dtype: torch.dtype, sizes: list[int]) -> list[Tensor]:
@@ -111,9 +108,9 @@ def summed(group: Group, dtype: torch.dtype, sizes: list[int]) -> list[Tensor]:
 
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64, torch.int64], ids=str)
-def test_simulated_all_reduce_has_the_bits_of_gloo(on_ranks: OnRanks, world_size: int, dtype: torch.dtype) -> None:
+def test_simulated_all_reduce_has_the_bits_of_gloo(ranks: Ranks, world_size: int, dtype: torch.dtype) -> None:
     sizes = [1, 5, 7, 33, 64, 1000, 2**16 + 3]
-    real, simulated = (on_ranks((kind, world_size), summed, dtype, sizes) for kind in ("gloo", "simulated"))
+    real, simulated = (ranks.on(kind, world_size)(summed, dtype, sizes) for kind in ("gloo", "simulated"))
     for want, got in zip(real, simulated, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
 
@@ -123,27 +120,23 @@ def sizes_around(dtype: torch.dtype) -> list[int]:
     return [1, 3, limit - 1, limit, limit + 1, limit + 6, 3 * limit]
 
 
-@pytest.mark.parametrize(
-    "place", [("simulated", 2), ("simulated", 3), ("simulated", 8), ("gloo", 2), ("gloo", 4)], ids=str
-)
+@pytest.mark.ranks(2, 3, 8, gloo=(2, 4))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_tree_all_reduce_is_the_tree_on_both_sides_of_the_limit(
-    place: Any, on_ranks: OnRanks, dtype: torch.dtype
-) -> None:
+def test_tree_all_reduce_is_the_tree_on_both_sides_of_the_limit(ranks: Ranks, dtype: torch.dtype) -> None:
     sizes = sizes_around(dtype)
-    want = [tree_sum(terms_of(place[1], size, dtype)) for size in sizes]
-    for got in on_ranks(place, summed, dtype, sizes, reduce_order="tree"):
+    want = [tree_sum(terms_of(ranks.world_size, size, dtype)) for size in sizes]
+    for got in ranks(summed, dtype, sizes, reduce_order="tree"):
         assert [torch.equal(a, b) for a, b in zip(got, want, strict=True)] == [True] * len(sizes)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (5,), (3, 7, 2), (0, 4)])
 def test_both_ways_of_the_tree_keep_shapes_and_bits(
-    on_ranks: OnRanks, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]
 ) -> None:
     results = []
     for limit in (GATHER_BYTES, 0):
         monkeypatch.setattr(collectives, "GATHER_BYTES", limit)
-        results.append(on_ranks(("simulated", 4), shaped, shape, reduce_order="tree"))
+        results.append(ranks.on("simulated", 4)(shaped, shape, reduce_order="tree"))
     for gathered, exchanged in zip(*results, strict=True):
         assert gathered.shape == shape
         assert torch.equal(gathered, exchanged) and torch.equal(gathered, results[0][0])

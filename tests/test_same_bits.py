@@ -26,9 +26,8 @@ from src.modeling import (
     vocab_parallel_cross_entropy,
 )
 from src.modeling.parameters import placements
+from src.testing import Ranks
 from src.training import clip_grad_norm_
-
-from .conftest import OnRanks
 
 SHARDS = 8
 STEPS = 20
@@ -118,10 +117,10 @@ def layer(group: Group, kind: str, dtype: torch.dtype) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["attention", "feed forward", "block", "head"])
-def test_layers_have_the_same_bits_at_every_size(on_ranks: OnRanks, kind: str, dtype: torch.dtype) -> None:
-    want = whole(on_ranks(("simulated", 1), layer, kind, dtype, num_shards=SHARDS))
+def test_layers_have_the_same_bits_at_every_size(ranks: Ranks, kind: str, dtype: torch.dtype) -> None:
+    want = whole(ranks.on("simulated", 1)(layer, kind, dtype, num_shards=SHARDS))
     for place in [("simulated", 2), ("simulated", 4), ("simulated", 8), ("gloo", 2), ("gloo", 4)]:
-        got = whole(on_ranks(place, layer, kind, dtype, num_shards=SHARDS))
+        got = whole(ranks.on(*place)(layer, kind, dtype, num_shards=SHARDS))
         assert [name for name in want if not torch.equal(got[name], want[name])] == [], place
 
 
@@ -138,12 +137,12 @@ QUICK = {"dense-fp32", "all-fp32", "all-bf16"}
         for name in [f"{variant}-{dtype}"]
     ],
 )
-def test_training_has_the_same_bits_at_every_size(on_ranks: OnRanks, variant: str, dtype: torch.dtype) -> None:
+def test_training_has_the_same_bits_at_every_size(ranks: Ranks, variant: str, dtype: torch.dtype) -> None:
     run = (*VARIANTS[variant], dtype)
-    want = whole(on_ranks(("simulated", 1), train, *run, num_shards=SHARDS))
+    want = whole(ranks.on("simulated", 1)(train, *run, num_shards=SHARDS))
     assert want["losses"][-1] != want["losses"][0] and (want["norms"] > 1.0).any()
     for place in [("simulated", 2), ("simulated", 4), ("simulated", 8), ("gloo", 2), ("gloo", 4)]:
-        got = whole(on_ranks(place, train, *run, num_shards=SHARDS))
+        got = whole(ranks.on(*place)(train, *run, num_shards=SHARDS))
         assert got.keys() == want.keys()
         different = [name for name in want if not torch.equal(got[name], want[name])]
         assert not different, (place, different)

@@ -7,14 +7,13 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src import Group, Ledger, SimulationError
+from src import Group, Ledger
 from src.generation import generate
 from src.modeling import (
     ColumnParallelLinear,
@@ -29,10 +28,9 @@ from src.modeling import (
     precompute_freqs_cis,
     vocab_parallel_cross_entropy,
 )
+from src.testing import RankFailed, Ranks
 from src.verification import unsharded_gradients
 
-from .conftest import OnRanks
-from .places import places
 from .test_block import draw_norms
 
 LENGTH, DIM = 16, 32
@@ -65,14 +63,14 @@ def trained(group: Group, dtype: torch.dtype, sequence_parallel: bool) -> tuple[
     return {"loss": loss.detach()} | unsharded_gradients(model, group=group), norms
 
 
-@places()
+@pytest.mark.ranks(1, 2, 4, gloo=2)
 @pytest.mark.parametrize("num_shards", [None, 8])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-14)])
 def test_loss_and_gradients_are_those_of_the_mode_off(
-    place: Any, on_ranks: OnRanks, num_shards: int | None, dtype: torch.dtype, tolerance: float
+    ranks: Ranks, num_shards: int | None, dtype: torch.dtype, tolerance: float
 ) -> None:
-    (want, _), *_ = on_ranks(place, trained, dtype, False, num_shards=num_shards)
-    results = on_ranks(place, trained, dtype, True, num_shards=num_shards)
+    (want, _), *_ = ranks(trained, dtype, False, num_shards=num_shards)
+    results = ranks(trained, dtype, True, num_shards=num_shards)
     _, norms = results[0]
     assert len(norms) == 2 * ARGS.n_layers + 1 and all(gradient.any() for gradient in norms.values())
     for got, own_norms in results:
@@ -88,13 +86,13 @@ def sent_by_block(group: Group) -> list[tuple[str, str, tuple[int, ...]]]:
     return [(record.op, record.phase, record.shape) for record in ledger.records]
 
 
-@places(simulated=(2, 4))
+@pytest.mark.ranks(2, 4, gloo=2)
 @pytest.mark.parametrize("num_shards", [None, 8])
-def test_what_a_block_sends(place: Any, on_ranks: OnRanks, num_shards: int | None) -> None:
+def test_what_a_block_sends(ranks: Ranks, num_shards: int | None) -> None:
     """Activations by two gathers and two scatters each way. The only all-reduces are those of the norms' gradients."""
-    whole, cut = (3, LENGTH, DIM), (3, LENGTH // place[1], DIM)
+    whole, cut = (3, LENGTH, DIM), (3, LENGTH // ranks.world_size, DIM)
     way = [("all_gather", cut), ("reduce_scatter", whole)] * 2
-    for records in on_ranks(place, sent_by_block, num_shards=num_shards):
+    for records in ranks(sent_by_block, num_shards=num_shards):
         assert [(op, shape) for op, phase, shape in records if phase == "forward"] == way
         backward = [(op, shape) for op, phase, shape in records if phase == "backward"]
         assert [record for record in backward if record[0] != "all_reduce"] == way
@@ -108,11 +106,11 @@ def sent_by_model(group: Group) -> Counter[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("num_shards", [None, 8])
-def test_what_a_model_sends(on_ranks: OnRanks, num_shards: int | None) -> None:
+def test_what_a_model_sends(ranks: Ranks, num_shards: int | None) -> None:
     """Two of each way and block, one for the embedding or the head, and the gradients of the norms."""
     ops = [(op, phase) for op in ("all_gather", "reduce_scatter") for phase in ("forward", "backward")]
     want = dict.fromkeys(ops, 2 * ARGS.n_layers + 1) | {("all_reduce", "backward"): 2 * ARGS.n_layers + 1}
-    assert on_ranks(("simulated", 4), sent_by_model, num_shards=num_shards) == [want] * 4
+    assert ranks.on("simulated", 4)(sent_by_model, num_shards=num_shards) == [want] * 4
 
 
 @dataclass(frozen=True)
@@ -186,10 +184,10 @@ def gathered(results: list[dict[str, tuple[int | None, Tensor]]]) -> dict[str, T
     return out
 
 
-@places()
+@pytest.mark.ranks(1, 2, 4, gloo=2)
 @pytest.mark.parametrize("kind", CASES)
-def test_layers(place: Any, on_ranks: OnRanks, kind: str) -> None:
-    got = gathered(on_ranks(place, run_layer, kind))
+def test_layers(ranks: Ranks, kind: str) -> None:
+    got = gathered(ranks(run_layer, kind))
     want = reference(kind, got.pop("weight"), got.pop("bias", None))
     assert want.keys() == got.keys()
     for name in want:
@@ -197,12 +195,12 @@ def test_layers(place: Any, on_ranks: OnRanks, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_layers_have_the_same_bits_at_every_size(on_ranks: OnRanks, kind: str) -> None:
-    want = gathered(on_ranks(("simulated", 1), run_layer, kind, num_shards=8))
+def test_layers_have_the_same_bits_at_every_size(ranks: Ranks, kind: str) -> None:
+    want = gathered(ranks.on("simulated", 1)(run_layer, kind, num_shards=8))
     for name, value in reference(kind, want["weight"], want.get("bias")).items():
         torch.testing.assert_close(want[name].double(), value, rtol=1e-5, atol=1e-5, msg=f"{kind} {name}")
     for place in [("simulated", 2), ("simulated", 4), ("simulated", 8), ("gloo", 2)]:
-        got = gathered(on_ranks(place, run_layer, kind, num_shards=8))
+        got = gathered(ranks.on(*place)(run_layer, kind, num_shards=8))
         assert [name for name in want if not torch.equal(got[name], want[name])] == [], place
 
 
@@ -221,12 +219,12 @@ def flags(model: Transformer) -> dict[str, bool]:
     }
 
 
-@places()
+@pytest.mark.ranks(1, 2, 4, gloo=2)
 @pytest.mark.parametrize("num_shards", [None, 8])
-def test_generation_is_that_of_the_mode_off(place: Any, on_ranks: OnRanks, num_shards: int | None) -> None:
-    (want, loss), *_ = on_ranks(place, generated, False, num_shards=num_shards)
+def test_generation_is_that_of_the_mode_off(ranks: Ranks, num_shards: int | None) -> None:
+    (want, loss), *_ = ranks(generated, False, num_shards=num_shards)
     assert len(want.unique()) > 3
-    for text, later in on_ranks(place, generated, True, num_shards=num_shards):
+    for text, later in ranks(generated, True, num_shards=num_shards):
         assert torch.equal(text, want)
         torch.testing.assert_close(later, loss, rtol=1e-6, atol=0)
 
@@ -244,8 +242,8 @@ def interrupted(group: Group) -> None:
         assert flags(model) == before and not model.training
 
 
-def test_whole_sequences_end_with_the_block_also_after_an_exception(on_ranks: OnRanks) -> None:
-    on_ranks(("simulated", 2), interrupted)
+def test_whole_sequences_end_with_the_block_also_after_an_exception(ranks: Ranks) -> None:
+    ranks.on("simulated", 2)(interrupted)
 
 
 LAYERS: dict[str, Callable[..., nn.Module]] = {
@@ -274,15 +272,15 @@ def apply(group: Group, kind: str, shape: tuple[int, ...]) -> None:
     ],
 )
 def test_lengths_that_the_shards_do_not_divide(
-    on_ranks: OnRanks, kind: str, shape: tuple[int, ...], num_shards: int | None, message: str
+    ranks: Ranks, kind: str, shape: tuple[int, ...], num_shards: int | None, message: str
 ) -> None:
-    with pytest.raises(SimulationError, match=message):
-        on_ranks(("simulated", 2), apply, kind, shape, num_shards=num_shards)
+    with pytest.raises(RankFailed, match=message):
+        ranks.on("simulated", 2)(apply, kind, shape, num_shards=num_shards)
 
 
 @pytest.mark.parametrize("kind", ["feed forward", "column", "row", "embedding", "norm"])
-def test_inputs_without_a_sequence_dim(on_ranks: OnRanks, kind: str) -> None:
+def test_inputs_without_a_sequence_dim(ranks: Ranks, kind: str) -> None:
     """Dim 1 is what is cut: without this error it would be the features."""
     shape = (8,) if kind == "embedding" else (8, DIM)
-    with pytest.raises(SimulationError, match=r"ValueError: .*" + re.escape(f"got a tensor of shape {list(shape)}")):
-        on_ranks(("simulated", 2), apply, kind, shape, num_shards=8)
+    with pytest.raises(RankFailed, match=r"ValueError: .*" + re.escape(f"got a tensor of shape {list(shape)}")):
+        ranks.on("simulated", 2)(apply, kind, shape, num_shards=8)

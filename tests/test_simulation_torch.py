@@ -19,8 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from src import Group, simulate
 from src.distributed import all_reduce
-
-from .conftest import OnRanks
+from src.testing import Ranks
 
 Program = Callable[[Group], Any]
 
@@ -272,6 +271,6 @@ def operate(group: Group, operation: Callable[[Tensor, Group], Any]) -> Any:
 @pytest.mark.parametrize(
     "operation", OPERATIONS, ids=lambda o: getattr(o, "__name__", None) or f"{o.func.__name__}{o.args}"
 )
-def test_same_bits_as_gloo(on_ranks: OnRanks, operation: Any) -> None:
-    real, simulated = (on_ranks((kind, 4), operate, operation) for kind in ("gloo", "simulated"))
+def test_same_bits_as_gloo(ranks: Ranks, operation: Any) -> None:
+    real, simulated = (ranks.on(kind, 4)(operate, operation) for kind in ("gloo", "simulated"))
     torch.testing.assert_close(simulated, real, rtol=0, atol=0)

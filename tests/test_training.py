@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -11,10 +10,8 @@ from torch import Tensor, nn
 
 from src import Group, Ledger
 from src.modeling import ColumnParallelLinear, ModelArgs, RMSNorm, RowParallelLinear, Transformer
+from src.testing import Ranks
 from src.training import clip_grad_norm_, evaluate, train_step, warmup_cosine
-
-from .conftest import OnRanks
-from .places import places
 
 ARGS = ModelArgs(dim=32, n_layers=2, n_heads=8, vocab_size=52, multiple_of=32, max_seq_len=16, pad_vocab=True)
 
@@ -42,23 +39,23 @@ def clip(group: Group, max_norm: float) -> tuple[Tensor, dict[str, Tensor], int]
     return norm, {name: parameter.grad for name, parameter in model.named_parameters()}, ledger.count()
 
 
-@places(gloo=(2, 4))
+@pytest.mark.ranks(1, 2, 4, gloo=(2, 4))
 @pytest.mark.parametrize("max_norm", [0.5, 1e6])
-def test_clipping_counts_everything_once(place: Any, on_ranks: OnRanks, max_norm: float) -> None:
+def test_clipping_counts_everything_once(ranks: Ranks, max_norm: float) -> None:
     reference = Mixed(Group.single())
     want = math.sqrt(sum(p.grad.double().square().sum().item() for p in reference.parameters()))
     scale = min(max_norm / (want + 1e-6), 1.0)
-    for norm, grads, collectives in on_ranks(place, clip, max_norm):
+    for norm, grads, collectives in ranks(clip, max_norm):
         assert norm.item() == pytest.approx(want, rel=1e-6)
-        assert collectives == (0 if place[1] == 1 else 1)
+        assert collectives == (0 if ranks.world_size == 1 else 1)
         torch.testing.assert_close(grads["norm.weight"], reference.norm.weight.grad * scale)
         torch.testing.assert_close(grads["down.bias"], reference.down.bias.grad * scale)
 
 
-def test_clipping_has_the_same_bits_at_every_size(on_ranks: OnRanks) -> None:
-    want = on_ranks(("simulated", 1), clip, 0.5, num_shards=8)[0]
+def test_clipping_has_the_same_bits_at_every_size(ranks: Ranks) -> None:
+    want = ranks.on("simulated", 1)(clip, 0.5, num_shards=8)[0]
     for place in [("simulated", 2), ("simulated", 4), ("simulated", 8), ("gloo", 2)]:
-        for norm, grads, _ in on_ranks(place, clip, 0.5, num_shards=8):
+        for norm, grads, _ in ranks.on(*place)(clip, 0.5, num_shards=8):
             assert torch.equal(norm, want[0]), place
             assert torch.equal(grads["norm.weight"], want[1]["norm.weight"])
 
@@ -85,16 +82,16 @@ def train(group: Group, dtype: torch.dtype = torch.float32, steps: int = 5) -> d
     }
 
 
-@places(simulated=(2, 4))
-def test_training_follows_the_unsharded_run(place: Any, on_ranks: OnRanks) -> None:
-    want = on_ranks(("simulated", 1), train, num_shards=4)[0]
-    for got in on_ranks(place, train, num_shards=4):
+@pytest.mark.ranks(2, 4, gloo=2)
+def test_training_follows_the_unsharded_run(ranks: Ranks) -> None:
+    want = ranks.on("simulated", 1)(train, num_shards=4)[0]
+    for got in ranks(train, num_shards=4):
         for name in want:
             assert torch.equal(got[name], want[name]), name
 
 
-def test_simulated_ranks_have_the_bits_of_gloo(on_ranks: OnRanks) -> None:
-    for simulated, real in zip(on_ranks(("simulated", 4), train), on_ranks(("gloo", 4), train), strict=True):
+def test_simulated_ranks_have_the_bits_of_gloo(ranks: Ranks) -> None:
+    for simulated, real in zip(ranks.on("simulated", 4)(train), ranks.on("gloo", 4)(train), strict=True):
         assert all(torch.equal(simulated[name], real[name]) for name in simulated)
 
 
@@ -110,9 +107,9 @@ def test_accumulation_equals_one_large_batch() -> None:
     torch.testing.assert_close(results[0].grad_norm, results[1].grad_norm, rtol=1e-4, atol=0)
 
 
-def test_bfloat16_trains_on_float32_parameters(on_ranks: OnRanks) -> None:
-    narrow = on_ranks(("simulated", 2), train, torch.bfloat16, 8)[0]
-    wide = on_ranks(("simulated", 2), train, torch.float32, 8)[0]
+def test_bfloat16_trains_on_float32_parameters(ranks: Ranks) -> None:
+    narrow = ranks.on("simulated", 2)(train, torch.bfloat16, 8)[0]
+    wide = ranks.on("simulated", 2)(train, torch.float32, 8)[0]
     assert narrow["norm.weight"].dtype == torch.float32
     assert not torch.equal(narrow["losses"], wide["losses"])
     torch.testing.assert_close(narrow["losses"], wide["losses"], rtol=0.02, atol=0)

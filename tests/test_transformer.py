@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from src import Group, Ledger, SimulationError
+from src import Group, Ledger
 from src.modeling import ModelArgs, Transformer, vocab_parallel_cross_entropy
+from src.testing import RankFailed, Ranks
 
-from .conftest import OnRanks
-from .places import places
 from .test_attention import Weights, causal, state
 from .test_block import draw_norms, reference_block, reference_norm
 from .test_linear import whole
@@ -68,11 +67,11 @@ def reference_loss(weights: Weights, args: ModelArgs) -> Tensor:
     return loss + 1e-2 * logits.logsumexp(-1).square().mean()
 
 
-@places(gloo=(2, 4))
+@pytest.mark.ranks(1, 2, 4, gloo=(2, 4))
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_loss_and_gradients(place: Any, on_ranks: OnRanks, variant: str) -> None:
+def test_loss_and_gradients(ranks: Ranks, variant: str) -> None:
     args = VARIANTS[variant]
-    got = gathered(on_ranks(place, trained, args, torch.float64))
+    got = gathered(ranks(trained, args, torch.float64))
     weights = {name: got[name].clone().requires_grad_() for name in got if f"{name}.grad" in got}
     assert ("output.weight" in weights) is not args.tie_embeddings
     for name in {"tok_embeddings.weight", "output.weight"} & weights.keys():
@@ -91,9 +90,9 @@ def assert_same_bits(got: Weights, want: Weights, place: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_simulated_ranks_have_the_bits_of_gloo(on_ranks: OnRanks, world_size: int, dtype: torch.dtype) -> None:
+def test_simulated_ranks_have_the_bits_of_gloo(ranks: Ranks, world_size: int, dtype: torch.dtype) -> None:
     args = VARIANTS["all"]
-    simulated, gloo = (on_ranks((kind, world_size), trained, args, dtype) for kind in ("simulated", "gloo"))
+    simulated, gloo = (ranks.on(kind, world_size)(trained, args, dtype) for kind in ("simulated", "gloo"))
     assert simulated[0][1] == gloo[0][1]
     for (got, _), (want, _) in zip(simulated, gloo, strict=True):
         assert_same_bits(got, want, world_size)
@@ -101,11 +100,11 @@ def test_simulated_ranks_have_the_bits_of_gloo(on_ranks: OnRanks, world_size: in
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("variant", ["plain", "tied", "padded"])
-def test_same_bits_at_every_size(on_ranks: OnRanks, variant: str, dtype: torch.dtype) -> None:
+def test_same_bits_at_every_size(ranks: Ranks, variant: str, dtype: torch.dtype) -> None:
     args = VARIANTS[variant]
-    want = gathered(on_ranks(("simulated", 1), trained, args, dtype, num_shards=8))
+    want = gathered(ranks.on("simulated", 1)(trained, args, dtype, num_shards=8))
     for place in [("simulated", 2), ("simulated", 4), ("simulated", 8), ("gloo", 2)]:
-        assert_same_bits(gathered(on_ranks(place, trained, args, dtype, num_shards=8)), want, place)
+        assert_same_bits(gathered(ranks.on(*place)(trained, args, dtype, num_shards=8)), want, place)
 
 
 def test_parameters_draw_from_streams_of_their_own() -> None:
@@ -130,10 +129,10 @@ def sent(group: Group) -> Counter[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("num_shards", [None, 4])
-def test_what_is_sent(on_ranks: OnRanks, num_shards: int | None) -> None:
+def test_what_is_sent(ranks: Ranks, num_shards: int | None) -> None:
     """Two all-reduces a block and way; one for the embedding; one for the head's input; one gather for the loss."""
     want = {("all_reduce", "forward"): 2 * 2 + 1, ("all_gather", "forward"): 1, ("all_reduce", "backward"): 2 * 2 + 1}
-    assert on_ranks(("simulated", 2), sent, num_shards=num_shards) == [want, want]
+    assert ranks.on("simulated", 2)(sent, num_shards=num_shards) == [want, want]
 
 
 def unsharded(group: Group) -> Any:
@@ -144,13 +143,13 @@ def unsharded(group: Group) -> Any:
     return logits.detach(), {name: p.grad for name, p in model.named_parameters()}, ledger.count()
 
 
-@places(simulated=(2,))
-def test_no_group_means_unsharded_inside_a_job(place: Any, on_ranks: OnRanks) -> None:
+@pytest.mark.ranks(2)
+def test_no_group_means_unsharded_inside_a_job(ranks: Ranks) -> None:
     alone, grads, _ = unsharded(Group.single())
     assert alone.shape == (2, LENGTH, 104)
-    for logits, rank_grads, count in on_ranks(place, unsharded):
+    for logits, rank_grads, count in ranks(unsharded):
         assert torch.equal(logits, alone) and count == 0
-        assert_same_bits(rank_grads, grads, place)
+        assert_same_bits(rank_grads, grads, ranks)
 
 
 def copied(group: Group) -> tuple[Tensor, ...]:
@@ -162,8 +161,8 @@ def copied(group: Group) -> tuple[Tensor, ...]:
     return before.detach(), model(ids).detach(), twin(ids).detach()
 
 
-def test_deepcopy(on_ranks: OnRanks) -> None:
-    for before, zeroed, twin in on_ranks(("simulated", 2), copied):
+def test_deepcopy(ranks: Ranks) -> None:
+    for before, zeroed, twin in ranks.on("simulated", 2)(copied):
         assert torch.equal(twin, before) and before.any() and not zeroed.any()
 
 
@@ -185,8 +184,8 @@ def materialised(group: Group, args: ModelArgs) -> tuple[Weights, Weights]:
 
 
 @pytest.mark.parametrize("variant", ["padded", "all"])
-def test_a_model_built_on_the_meta_device(on_ranks: OnRanks, variant: str) -> None:
-    for model, ready in on_ranks(("simulated", 2), materialised, VARIANTS[variant]):
+def test_a_model_built_on_the_meta_device(ranks: Ranks, variant: str) -> None:
+    for model, ready in ranks.on("simulated", 2)(materialised, VARIANTS[variant]):
         assert model.keys() == ready.keys()
         assert all(torch.equal(model[name], ready[name]) for name in ready)
 
@@ -199,10 +198,10 @@ def decoded(group: Group, lengths: list[int]) -> tuple[Tensor, Tensor]:
     return model(ids).detach(), torch.cat(parts, 1)
 
 
-@places()
+@pytest.mark.ranks(1, 2, 4, gloo=2)
 @pytest.mark.parametrize("lengths", [[1] * LENGTH, [4, 3, 1, 4]], ids=["tokens", "runs"])
-def test_decoding_gives_the_logits_of_the_full_forward(place: Any, on_ranks: OnRanks, lengths: list[int]) -> None:
-    for full, cached in on_ranks(place, decoded, lengths):
+def test_decoding_gives_the_logits_of_the_full_forward(ranks: Ranks, lengths: list[int]) -> None:
+    for full, cached in ranks(decoded, lengths):
         torch.testing.assert_close(cached, full, rtol=1e-10, atol=1e-11)
 
 
@@ -211,7 +210,7 @@ def build_and_run(group: Group, options: dict[str, Any], value: int, start_pos: 
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_errors_at_every_size(on_ranks: OnRanks, world_size: int) -> None:
+def test_errors_at_every_size(ranks: Ranks, world_size: int) -> None:
     for options, value, start_pos, message in [
         ({"vocab_size": -1}, 0, 0, r"vocab_size=-1: set it in ModelArgs"),
         ({}, 104, 0, r"ids: value 104 at position \(0, 2\) on rank 0 is outside \[0, 104\)"),
@@ -220,8 +219,8 @@ def test_errors_at_every_size(on_ranks: OnRanks, world_size: int) -> None:
         ({}, 0, -1, r"start_pos=-1 \+ 3 positions"),
         ({"vocab_size": 98, "pad_vocab": True}, 99, 0, r"ids: value 99 .* outside \[0, 98\)"),
     ]:
-        with pytest.raises(SimulationError, match=message):
-            on_ranks(("simulated", world_size), build_and_run, options, value, start_pos)
+        with pytest.raises(RankFailed, match=message):
+            ranks.on("simulated", world_size)(build_and_run, options, value, start_pos)
 
 
 def test_errors_of_sizes() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from scripts import corpus
 from scripts.verify import main
 from src import Group, SimulationError, simulate
 from src.modeling import ModelArgs, Transformer, vocab_parallel_cross_entropy
+from src.testing import Ranks
 from src.verification import (
     audit_gradients,
     check_promise,
@@ -22,9 +22,6 @@ from src.verification import (
     unsharded_gradients,
     unsharded_weights,
 )
-
-from .conftest import OnRanks
-from .places import places
 
 ARGS = ModelArgs(
     dim=32, n_layers=1, n_heads=8, n_kv_heads=2, vocab_size=51, multiple_of=32, max_seq_len=16, pad_vocab=True
@@ -37,12 +34,12 @@ def gathered(group: Group) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return unsharded_weights(model, group=group), unsharded_gradients(model, group=group)
 
 
-@places(simulated=(2, 4, 8), gloo=(4,))
-def test_unsharded_tensors_are_those_of_one_rank(place: Any, on_ranks: OnRanks) -> None:
-    weights, gradients = on_ranks(("simulated", 1), gathered, num_shards=8)[0]
+@pytest.mark.ranks(2, 4, 8, gloo=4)
+def test_unsharded_tensors_are_those_of_one_rank(ranks: Ranks) -> None:
+    weights, gradients = ranks.on("simulated", 1)(gathered, num_shards=8)[0]
     assert weights["output.weight"].shape == (51, 32) and weights["layers.0.attention.wk.weight"].shape == (8, 32)
     assert weights.keys() == gradients.keys()
-    for got_weights, got_gradients in on_ranks(place, gathered, num_shards=8):
+    for got_weights, got_gradients in ranks(gathered, num_shards=8):
         assert digest(got_weights) == digest(weights)
         for name, gradient in gradients.items():
             assert torch.equal(got_gradients[name], gradient), name
@@ -74,10 +71,10 @@ def audited(group: Group, sequence_parallel: bool) -> list[str]:
     return audit_gradients(model, group=group)
 
 
-@places(simulated=(1, 4, 8))
+@pytest.mark.ranks(1, 4, 8, gloo=2)
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_audit_of_a_sound_model(place: Any, on_ranks: OnRanks, sequence_parallel: bool) -> None:
-    assert on_ranks(place, audited, sequence_parallel) == [[]] * place[1]
+def test_audit_of_a_sound_model(ranks: Ranks, sequence_parallel: bool) -> None:
+    assert ranks(audited, sequence_parallel) == [[]] * ranks.world_size
 
 
 def test_audit_names_norms_whose_gradients_nobody_sums(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,11 +113,11 @@ def uneven_threads(group: Group) -> None:
         torch.set_num_threads(1)
 
 
-def test_thread_counts_that_differ_are_named(on_ranks: OnRanks) -> None:
+def test_thread_counts_that_differ_are_named(ranks: Ranks) -> None:
     message = r"same number of intra-op threads \(OMP_NUM_THREADS\), but it is 1 on rank 0 and 2 on rank 2"
     with pytest.raises(RuntimeError, match=message):
-        on_ranks(("gloo", 4), uneven_threads)
-    on_ranks(("gloo", 4), check_on_cpu)
+        ranks.on("gloo", 4)(uneven_threads)
+    ranks.on("gloo", 4)(check_on_cpu)
 
 
 def check_on_cpu(group: Group) -> None:

@@ -13,9 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from src import Group, Ledger
 from src.modeling import ParallelVocabEmbedding, VocabEmbedding
-
-from .conftest import OnRanks
-from .places import places
+from src.testing import Ranks
 
 VOCAB, EMB = 24, 3
 IDS = torch.tensor([[0, 5, 6, 23, 5], [11, 12, 17, 18, 5]])
@@ -113,22 +111,22 @@ def embedded(group: Group, ids: Tensor, grad: Tensor, vocab_size: int = VOCAB) -
     return {"out": out.detach(), "weight": layer.weight.detach(), "grad": layer.weight.grad, "calls": calls}
 
 
-@places(gloo=(2, 4))
+@pytest.mark.ranks(1, 2, 4, gloo=(2, 4))
 @pytest.mark.parametrize("num_shards", [None, 8])
-def test_group_mode(place: Any, on_ranks: OnRanks, num_shards: int | None) -> None:
-    table, grad = dense(num_shards or place[1]), whole_numbers()
-    results = on_ranks(place, embedded, IDS, grad, num_shards=num_shards)
+def test_group_mode(ranks: Ranks, num_shards: int | None) -> None:
+    table, grad = dense(num_shards or ranks.world_size), whole_numbers()
+    results = ranks(embedded, IDS, grad, num_shards=num_shards)
     assert all(torch.equal(result["out"], table[IDS]) for result in results)
     assert torch.equal(torch.cat([result["weight"] for result in results]), table)
     assert torch.equal(torch.cat([result["grad"] for result in results]), scattered(grad))
-    assert all(result["calls"] == [("all_reduce", "forward")] * (place[1] > 1) for result in results)
+    assert all(result["calls"] == [("all_reduce", "forward")] * (ranks.world_size > 1) for result in results)
 
 
-def test_same_bits_at_every_size(on_ranks: OnRanks) -> None:
+def test_same_bits_at_every_size(ranks: Ranks) -> None:
     grad = torch.randn(*IDS.shape, EMB, generator=torch.Generator().manual_seed(1))
     bits = []
     for place in [("simulated", 1), ("simulated", 2), ("simulated", 4), ("simulated", 8), ("gloo", 2)]:
-        results = on_ranks(place, embedded, IDS, grad, num_shards=8)
+        results = ranks.on(*place)(embedded, IDS, grad, num_shards=8)
         whole = [torch.cat([result[name] for result in results]) for name in ("weight", "grad")]
         bits.append([results[0]["out"], *whole])
     assert all(torch.equal(a, b) for other in bits for a, b in zip(bits[0], other, strict=True))
@@ -149,11 +147,11 @@ def placed(group: Group, form: str) -> tuple[int, int, Tensor]:
     return layer.rank, layer.world_size, layer(IDS).detach()
 
 
-@places(simulated=(2, 4))
+@pytest.mark.ranks(2, 4, gloo=2)
 @pytest.mark.parametrize("form", ["default", "group", "pg", "mesh", "agreeing", "rank-alone"])
-def test_process_group_forms(place: Any, on_ranks: OnRanks, form: str) -> None:
-    results, want = on_ranks(place, placed, form), dense(place[1])[IDS]
-    assert [result[:2] for result in results] == [(rank, place[1]) for rank in range(place[1])]
+def test_process_group_forms(ranks: Ranks, form: str) -> None:
+    results, want = ranks(placed, form), dense(ranks.world_size)[IDS]
+    assert [result[:2] for result in results] == [(rank, ranks.world_size) for rank in range(ranks.world_size)]
     partial = [out for _, _, out in results]
     if form == "rank-alone":
         assert not torch.equal(partial[0], want) and torch.equal(torch.stack(partial).sum(0), want)
@@ -171,9 +169,9 @@ def in_subgroup(group: Group) -> tuple[int, int, Tensor, str]:
     return layer.rank, layer.world_size, layer(IDS).detach(), str(info.value)
 
 
-@places(simulated=(4,), gloo=(4,))
-def test_subgroups(place: Any, on_ranks: OnRanks) -> None:
-    for global_rank, (rank, world_size, out, refusal) in enumerate(on_ranks(place, in_subgroup)):
+@pytest.mark.ranks(4)
+def test_subgroups(ranks: Ranks) -> None:
+    for global_rank, (rank, world_size, out, refusal) in enumerate(ranks(in_subgroup)):
         assert (rank, world_size) == (global_rank % 2, 2)
         assert torch.equal(out, dense(2, base=10 * (global_rank // 2))[IDS])
         assert f"rank={global_rank} of the default group is not a member" in refusal
@@ -193,14 +191,14 @@ def test_rows_of_infinity_do_not_leak(value: float) -> None:
 
 
 @pytest.mark.parametrize("vocab_size", [17, 21, 25])
-def test_padded_vocabulary(on_ranks: OnRanks, vocab_size: int) -> None:
+def test_padded_vocabulary(ranks: Ranks, vocab_size: int) -> None:
     """17 words on 8 ranks of 3 rows: two ranks hold padding alone."""
     ids, rows = torch.arange(vocab_size), -(-vocab_size // 8) * 8
     grad = torch.arange(1.0, vocab_size * EMB + 1).view(vocab_size, EMB)
     table = dense(8, rows)
     table[vocab_size:] = 0
     for place in [("simulated", 1), ("simulated", 2), ("simulated", 8), ("gloo", 2)]:
-        results = on_ranks(place, embedded, ids, grad, vocab_size, num_shards=8)
+        results = ranks.on(*place)(embedded, ids, grad, vocab_size, num_shards=8)
         assert torch.equal(torch.cat([result["weight"] for result in results]), table)
         assert torch.equal(torch.cat([result["grad"] for result in results]), scattered(grad, ids, rows))
         assert all(torch.equal(result["out"], table[:vocab_size]) for result in results)
@@ -229,12 +227,12 @@ def test_arguments_that_do_not_fit(arguments: tuple[Any, ...], options: dict[str
         ParallelVocabEmbedding(*arguments, **options)
 
 
-def test_rank_that_contradicts_a_process_group(on_ranks: OnRanks) -> None:
+def test_rank_that_contradicts_a_process_group(ranks: Ranks) -> None:
     def swapped(group: Group) -> None:
         with pytest.raises(ValueError, match=f"rank={1 - group.rank}, world_size=2 disagree .* rank={group.rank}"):
             ParallelVocabEmbedding(8, EMB, 1 - group.rank, 2, group.pg)
 
-    on_ranks(("simulated", 2), swapped)
+    ranks.on("simulated", 2)(swapped)
 
 
 def refused(group: Group, mode: str, ids: Tensor, vocab_size: int) -> tuple[str, str]:
@@ -245,21 +243,21 @@ def refused(group: Group, mode: str, ids: Tensor, vocab_size: int) -> tuple[str,
     return info.type.__name__, str(info.value)
 
 
-@places()
+@pytest.mark.ranks(1, 2, 4, gloo=2)
 @pytest.mark.parametrize("mode", ["group", "rank"])
 @pytest.mark.parametrize("vocab_size, value", [(24, 24), (24, -1), (21, 22), (24, 2**31 - 1)])
-def test_ids_out_of_range(place: Any, on_ranks: OnRanks, mode: str, vocab_size: int, value: int) -> None:
+def test_ids_out_of_range(ranks: Ranks, mode: str, vocab_size: int, value: int) -> None:
     ids = torch.tensor([[0, 1], [value, 2]], dtype=torch.int32)
-    for rank, (kind, message) in enumerate(on_ranks(place, refused, mode, ids, vocab_size)):
+    for rank, (kind, message) in enumerate(ranks(refused, mode, ids, vocab_size)):
         assert kind == "ValueError"
         assert f"value {value} at position (1, 0) on rank {rank} is outside [0, {vocab_size})" in message
 
 
-@places(simulated=(1, 2), gloo=())
+@pytest.mark.ranks(1, 2, gloo=())
 @pytest.mark.parametrize("mode", ["group", "rank"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
-def test_ids_of_another_type(place: Any, on_ranks: OnRanks, mode: str, dtype: torch.dtype) -> None:
-    for kind, message in on_ranks(place, refused, mode, torch.ones(2, 2, dtype=dtype), VOCAB):
+def test_ids_of_another_type(ranks: Ranks, mode: str, dtype: torch.dtype) -> None:
+    for kind, message in ranks(refused, mode, torch.ones(2, 2, dtype=dtype), VOCAB):
         assert (kind, message) == ("TypeError", f"ids must be int32 or int64, not {dtype}; convert them with .long()")
 
 

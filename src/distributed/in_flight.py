@@ -44,8 +44,9 @@ class InFlight(TorchDispatchMode):
         arguments = {argument.name: argument for argument in func._schema.arguments}
         for name, value in (*zip(arguments, args, strict=False), *kwargs.items()):
             alias = arguments[name].alias_info
-            for tensor in _tensors(value):
-                self._check(tensor, alias is not None and alias.is_write, str(func))
+            if alias is None or alias.is_write:  # else the result is a view: nothing is read
+                for tensor in _tensors(value):
+                    self._check(tensor, alias is not None, str(func))
         return func(*args, **kwargs)
 
     def _check(self, tensor: Tensor, written: bool, operator: str) -> None:

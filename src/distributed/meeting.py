@@ -63,7 +63,7 @@ class Message:
 
     def waiting(self, rank: int) -> str:
         other = "any rank" if self.peer is None else f"rank {self.peer}"
-        return f"{self.call}; {other} has not {'received it' if self.sends else 'sent it'}"
+        return f"{self.call}; {other} has not {'received' if self.sends else 'sent'} it (tag {self.tag})"
 
     def fits(self, other: Message) -> bool:
         """Whether ``other`` is the opposite side."""

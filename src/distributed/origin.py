@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import bisect
+import linecache
 import os
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from types import FrameType
 from typing import Any, Literal
 
@@ -24,6 +26,22 @@ _USERS = os.sep + "site-packages" + os.sep
 KEPT_SPANS = 100_000
 
 
+class Source:
+    """The expression of a call, read from its file when it is asked for: ``train: dist.all_reduce(grad)``."""
+
+    def __init__(self, frame: FrameType) -> None:
+        self._code, self._instruction = frame.f_code, frame.f_lasti
+
+    def __str__(self) -> str:
+        position = next(islice(self._code.co_positions(), self._instruction // 2, None))
+        line, _, begin, end = position
+        text = linecache.getline(self._code.co_filename, line or 0).encode()
+        return f"{self._code.co_qualname}: {text[begin:end].decode(errors='replace')}"
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (str(self),)
+
+
 @dataclass(frozen=True)
 class Origin:
     """``site`` is ``file:line``; ``module`` a dotted path below the outermost module that runs, "" outside of any."""
@@ -31,6 +49,7 @@ class Origin:
     site: str
     module: str
     phase: Phase
+    source: Source | str = field(default="", compare=False)
 
     def __str__(self) -> str:
         module = f"in {self.module}, " if self.module else ""
@@ -44,9 +63,17 @@ def in_backward() -> bool:
 
 def call_site() -> str:
     """``file:line`` of the innermost frame outside of torch, the standard library and this package."""
+    return _site(_user_frame())
+
+
+def _user_frame() -> FrameType | None:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and is_library(frame.f_code.co_filename):
         frame = frame.f_back
+    return frame
+
+
+def _site(frame: FrameType | None) -> str:
     return "a thread without user code" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
@@ -100,12 +127,14 @@ class ModuleTracker:
 
     def origin(self) -> Origin:
         """Of the collective that is being called in this thread."""
+        frame = _user_frame()
+        site, source = _site(frame), "" if frame is None else Source(frame)
         if not in_backward():
             running = self._here.running
-            return Origin(call_site(), _path(running[-1][0], running[0][0]) if running else "", "forward")
+            return Origin(site, _path(running[-1][0], running[0][0]) if running else "", "forward", source)
         node = torch._C._current_autograd_node()
         span = None if node is None else self._here.find(node._sequence_nr())
-        return Origin(call_site(), _path(span.module, span.root) if span else "", "backward")
+        return Origin(site, _path(span.module, span.root) if span else "", "backward", source)
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         self._here.running.append((module, torch.autograd._get_sequence_nr()))  # type: ignore[attr-defined]

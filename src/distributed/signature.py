@@ -61,10 +61,17 @@ def describe_mismatch(calls: Mapping[int, Call], where: str) -> str:
 
 
 def in_opposite_order(before: Mapping[int, Call], after: Mapping[int, Call]) -> bool:
-    """Whether of two calls of one kind, made one after the other, some ranks made the second first."""
-    pairs = {(before[rank].origin.site, after[rank].origin.site) for rank in before}
-    moves_data = next(iter(after.values())).signature.op != "barrier"
-    return moves_data and any(a != b and (b, a) in pairs for a, b in pairs)
+    """Whether of two like calls, made one after the other, some ranks made the second first.
+
+    The same call is the same line, or the same expression on another line of the same function.
+    """
+    if next(iter(before.values())).signature != next(iter(after.values())).signature:
+        return False
+    sites = {(before[rank].origin.site, after[rank].origin.site) for rank in before}
+    if len(sites) == 1 or next(iter(after.values())).signature.op == "barrier":
+        return False
+    sources = {(str(before[rank].origin.source), str(after[rank].origin.source)) for rank in before}
+    return any(a != b and (b, a) in pairs for pairs in (sites, sources) for a, b in pairs)
 
 
 def describe_crossing(before: Mapping[int, Call], after: Mapping[int, Call], first: str, second: str) -> str:

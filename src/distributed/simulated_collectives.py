@@ -50,17 +50,19 @@ def broadcast(calls: Args, opts: Any) -> None:
 
 def all_gather(calls: Args, opts: Any) -> None:
     """Each: ``([one output per rank], [input])``."""
-    for (outputs,), _ in calls:
-        for out, (_, (sent,)) in zip(outputs, calls, strict=True):
-            _deliver("all_gather", sent, out)
+    for rank, ((outputs,), _) in enumerate(calls):
+        _check_count("all_gather", rank, outputs, calls)
+        for source, (out, (_, (sent,))) in enumerate(zip(outputs, calls, strict=True)):
+            _deliver("all_gather", sent, out, source, rank)
 
 
 def all_gather_coalesced(calls: Args, opts: Any) -> None:
     """Each: ``(a list of outputs per rank, inputs)``."""
-    for lists, _ in calls:
-        for outputs, (_, inputs) in zip(lists, calls, strict=True):
+    for rank, (lists, _) in enumerate(calls):
+        _check_count("all_gather", rank, lists, calls)
+        for source, (outputs, (_, inputs)) in enumerate(zip(lists, calls, strict=True)):
             for out, sent in zip(outputs, inputs, strict=True):
-                _deliver("all_gather", sent, out)
+                _deliver("all_gather", sent, out, source, rank)
 
 
 def all_gather_single(calls: Args, opts: Any) -> None:
@@ -72,14 +74,15 @@ def all_gather_single_coalesced(calls: Args, opts: Any) -> None:
     """Each: ``(outputs, inputs)``."""
     for i in range(len(calls[0][1])):
         whole = torch.cat([inputs[i].reshape(-1) for _, inputs in calls])
-        for outputs, _ in calls:
-            _deliver("all_gather", whole, outputs[i])
+        for rank, (outputs, _) in enumerate(calls):
+            _deliver("all_gather", whole, outputs[i], None, rank)
 
 
 def reduce_scatter(calls: Args, opts: Any) -> None:
     """Each: ``([output], [one input per rank])``."""
-    for rank, ((out,), _) in enumerate(calls):
-        _deliver("reduce_scatter", _reduce(opts, [inputs[rank] for _, (inputs,) in calls]), out)
+    for rank, ((out,), (inputs,)) in enumerate(calls):
+        _check_count("reduce_scatter", rank, inputs, calls)
+        _deliver("reduce_scatter", _reduce(opts, [sent[rank] for _, (sent,) in calls]), out, None, rank)
 
 
 def reduce_scatter_single(calls: Args, opts: Any) -> None:
@@ -91,15 +94,18 @@ def reduce_scatter_single_coalesced(calls: Args, opts: Any) -> None:
     """Each: ``(outputs, inputs)``."""
     for i in range(len(calls[0][1])):
         total = _reduce(opts, [inputs[i].reshape(-1) for _, inputs in calls]).chunk(len(calls))
-        for (outputs, _), share in zip(calls, total, strict=True):
-            _deliver("reduce_scatter", share, outputs[i])
+        for rank, ((outputs, _), share) in enumerate(zip(calls, total, strict=True)):
+            _deliver("reduce_scatter", share, outputs[i], None, rank)
 
 
 def all_to_all(calls: Args, opts: Any) -> None:
     """Each: ``(one output per rank, one input per rank)``."""
+    for rank, (outputs, inputs) in enumerate(calls):
+        _check_count("all_to_all", rank, outputs, calls)
+        _check_count("all_to_all", rank, inputs, calls)
     for rank, (outputs, _) in enumerate(calls):
-        for out, (_, inputs) in zip(outputs, calls, strict=True):
-            _deliver("all_to_all", inputs[rank], out)
+        for source, (out, (_, inputs)) in enumerate(zip(outputs, calls, strict=True)):
+            _deliver("all_to_all", inputs[rank], out, source, rank)
 
 
 def all_to_all_single(calls: Args, opts: Any) -> None:
@@ -113,14 +119,18 @@ def all_to_all_single(calls: Args, opts: Any) -> None:
 
 def gather(calls: Args, opts: Any) -> None:
     """Each: ``([one output per rank] on the root, [input])``."""
-    for out, (_, (sent,)) in zip(calls[opts.rootRank][0][0], calls, strict=True):
-        _deliver("gather", sent, out)
+    root, outputs = opts.rootRank, calls[opts.rootRank][0][0]
+    _check_count("gather", root, outputs, calls)
+    for rank, (out, (_, (sent,))) in enumerate(zip(outputs, calls, strict=True)):
+        _deliver("gather", sent, out, rank, root)
 
 
 def scatter(calls: Args, opts: Any) -> None:
     """Each: ``([output], [one input per rank] on the root)``."""
-    for ((out,), _), sent in zip(calls, calls[opts.rootRank][1][0], strict=True):
-        _deliver("scatter", sent, out)
+    root, inputs = opts.rootRank, calls[opts.rootRank][1][0]
+    _check_count("scatter", root, inputs, calls)
+    for rank, (((out,), _), sent) in enumerate(zip(calls, inputs, strict=True)):
+        _deliver("scatter", sent, out, root, rank)
 
 
 ACTIONS: dict[str, Callable[[Args, Any], None]] = {
@@ -150,9 +160,16 @@ def _reduce(opts: Any, terms: Sequence[Tensor]) -> Tensor:
     return _REDUCTIONS[op](list(terms))
 
 
-def _deliver(name: str, sent: Tensor, out: Tensor) -> None:
+def _check_count(name: str, rank: int, tensors: Sequence[Any], calls: Args) -> None:
+    if len(tensors) != len(calls):
+        raise ValueError(f"{name}: rank {rank} gives {len(tensors)} tensors for {len(calls)} ranks")
+
+
+def _deliver(name: str, sent: Tensor, out: Tensor, source: int | None, rank: int) -> None:
     if sent.numel() != out.numel():
-        raise ValueError(f"{name}: a tensor {list(sent.shape)} was sent where {list(out.shape)} is received")
+        whose = "all ranks together" if source is None else f"rank {source}"
+        sides = f"{list(sent.shape)} was sent by {whose} where {list(out.shape)} is received by rank {rank}"
+        raise ValueError(f"{name}: {sides} of the group")
     out.copy_(sent.reshape(out.shape))
 
 
