@@ -176,7 +176,7 @@ ENDS = {
     ),
     "sys.exit(3)": ("isoshard run: rank 1 raised SystemExit: 3, at script.py:6",),
     "sys.exit('sorry')": ("[rank1]: sorry\n",),
-    "sys.exit(0)": ("rank 1 has already returned", "rank 0: barrier() forward, at script.py:7"),
+    "sys.exit(0)": ("rank 1 has already returned", "ranks 0, 2: barrier() forward, at script.py:7"),
     "dist.distributed_c10d._get_default_store().wait(['none'])": ("rank 1: the store's keys", "none'], which nobody"),
     "import signal; signal.signal(signal.SIGTERM, print)": (
         "signal.signal() under --simulate: signal handlers belong",

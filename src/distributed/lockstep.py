@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import faults
 from .group import ReduceOrder
@@ -163,10 +164,19 @@ class Lockstep:
             self.fail(f"{text}; rank {self.running.rank} was running")
         raise SimulationError(text)
 
-    def call(self, signature: Signature, payload: Any) -> Call:
-        """What this rank is about to do. Raises RankAborted after a fault, SimulationError where it would hang."""
+    def call(
+        self,
+        signature: Signature,
+        payload: Any,
+        buffers: tuple[Sequence[Tensor], Sequence[Tensor]],
+        is_async: bool,
+    ) -> Call:
+        """What this rank is about to do, with the tensors that it writes and reads.
+
+        Raises RankAborted after a fault, SimulationError where it would hang or uses buffers that are in flight.
+        """
         thread = self.current(signature.op)
-        call = thread.last_call = Call(signature, self.modules.origin(), payload)
+        call = Call(signature, self.modules.origin(), payload, is_async)
         if self.error is not None:
             raise RankAborted(f"rank {thread.rank} stopped at {call}: {self.error}")
         if importing():
@@ -174,12 +184,15 @@ class Lockstep:
                 f"rank {thread.rank}: {call}, while a module is being imported; other ranks would wait for the "
                 "import lock for ever. Call it from a function that runs after the imports"
             )
+        for tensors, by_writing in zip(buffers, (True, False), strict=True):
+            for tensor in tensors:
+                thread.in_flight.check(tensor, by_writing, str(signature))
+        thread.last_call = call
         self._idle_polls = 0
         return call
 
-    def meet(self, key: Key, signature: Signature, payload: Any, action: Action) -> Meeting:
+    def meet(self, key: Key, call: Call, action: Action) -> Meeting:
         """Join this rank's next collective of a group; the last to arrive runs ``action`` on all payloads."""
-        call = self.call(signature, payload)
         thread = self.current()
         meeting = self._meetings.join(key, thread.rank, call)
         if len(meeting.calls) == len(meeting.members):

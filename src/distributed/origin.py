@@ -23,6 +23,7 @@ _TORCH, _PACKAGE, _STANDARD = (
     for path in (torch.__file__, os.path.dirname(__file__), threading.__file__)
 )
 _USERS = os.sep + "site-packages" + os.sep
+_DECORATORS = os.sep + "typing_extensions.py"
 KEPT_SPANS = 100_000
 
 
@@ -78,8 +79,8 @@ def _site(frame: FrameType | None) -> str:
 
 
 def is_library(path: str) -> bool:
-    """Whether a source file belongs to torch, to the standard library or to this package."""
-    if path.startswith((_TORCH, _PACKAGE, "<frozen")):
+    """Whether a source file belongs to torch (and its decorators), to the standard library or to this package."""
+    if path.startswith((_TORCH, _PACKAGE, "<frozen")) or path.endswith(_DECORATORS):
         return True
     return path.startswith(_STANDARD) and _USERS not in path
 

@@ -33,6 +33,7 @@ class Call:
     signature: Signature
     origin: Origin
     payload: Any = None
+    is_async: bool = False
 
     def __str__(self) -> str:
         return f"{self.signature} {self.origin}"
@@ -61,14 +62,14 @@ def describe_mismatch(calls: Mapping[int, Call], where: str) -> str:
 
 
 def in_opposite_order(before: Mapping[int, Call], after: Mapping[int, Call]) -> bool:
-    """Whether of two like calls, made one after the other, some ranks made the second first.
+    """Whether of two like asynchronous calls, made one after the other, some ranks made the second first.
 
-    The same call is the same line, or the same expression on another line of the same function.
+    The same call is the same line, or the same expression on another line of the same function. Calls that are waited
+    for at once are left alone: in a loop, ranks may well take turns in who comes to which line.
     """
-    if next(iter(before.values())).signature != next(iter(after.values())).signature:
-        return False
+    calls = [*before.values(), *after.values()]
     sites = {(before[rank].origin.site, after[rank].origin.site) for rank in before}
-    if len(sites) == 1 or next(iter(after.values())).signature.op == "barrier":
+    if len(sites) == 1 or not agree(dict(enumerate(calls))) or not all(call.is_async for call in calls):
         return False
     sources = {(str(before[rank].origin.source), str(after[rank].origin.source)) for rank in before}
     return any(a != b and (b, a) in pairs for pairs in (sites, sources) for a, b in pairs)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..sharding import check_num_shards
 from .group import Group, ReduceOrder
+from .in_flight import tensors_in
 from .lockstep import Lockstep, RankThread, SimulationError
 from .meeting import Message, Waitable
 from .origin import called_by_torch_api
@@ -162,8 +163,11 @@ class SimulatedProcessGroup(SignedProcessGroup):
     def _run(
         self, method: str, signature: Signature, args: tuple[Any, ...], outputs: Sequence[Tensor], opts: Any
     ) -> SimulatedWork:
-        meeting = self.lockstep.meet(self.key, signature, args, lambda calls: ACTIONS[method](calls, opts))
-        return self._work(meeting, outputs, getattr(opts, "asyncOp", False), by_reading=False)
+        is_async = getattr(opts, "asyncOp", False) and called_by_torch_api()  # C++ waits by itself
+        inputs = [tensor for tensor in tensors_in(args) if all(tensor is not out for out in outputs)]
+        call = self.lockstep.call(signature, args, (outputs, inputs), is_async)
+        meeting = self.lockstep.meet(self.key, call, lambda calls: ACTIONS[method](calls, opts))
+        return self._work(meeting, outputs, inputs, is_async)
 
     def send(self, tensors: list[Tensor], destination: int, tag: int) -> SimulatedWork:
         return self._message(True, tensors, self.ranks[destination], tag)
@@ -177,16 +181,19 @@ class SimulatedProcessGroup(SignedProcessGroup):
     recvAnysource = recv_anysource
 
     def _message(self, sends: bool, tensors: list[Tensor], peer: int | None, tag: int) -> SimulatedWork:
-        call = self.lockstep.call(Signature("send" if sends else "recv", None, None, specs(tensors)), tensors)
+        outputs, inputs = ([], tensors) if sends else (tensors, [])
+        signature = Signature("send" if sends else "recv", None, None, specs(tensors))
+        call = self.lockstep.call(signature, tensors, (outputs, inputs), True)
         message = Message(sends, self.lockstep.current().rank, peer, tag, self.ranks, call)
         self.lockstep.send_or_receive(self.key, message)
-        return self._work(message, tensors, True, by_reading=sends)
+        return self._work(message, outputs, inputs, True)
 
-    def _work(self, what: Waitable, buffers: Sequence[Tensor], is_async: bool, *, by_reading: bool) -> SimulatedWork:
+    def _work(
+        self, what: Waitable, outputs: Sequence[Tensor], inputs: Sequence[Tensor], is_async: bool
+    ) -> SimulatedWork:
         thread = self.lockstep.current()
-        work = SimulatedWork(thread, what, buffers)
-        # C++ (DDP, functional collectives) waits by itself.
-        if is_async and buffers and called_by_torch_api():
+        work = SimulatedWork(thread, what, outputs)
+        if is_async and (outputs or inputs):
             assert thread.last_call is not None
-            thread.in_flight.add(work, thread.last_call, buffers, by_reading=by_reading)
+            thread.in_flight.add(work, thread.last_call, outputs, inputs)
         return work
