@@ -50,8 +50,8 @@ FLOORS = {
     ],
     "distributed": [
         {"reduction", "origin", "prediction", "random", "rank_state"},
-        {"group", "ledger_table", "signature"},
-        {"in_flight", "ledger", "meeting", "signed_group", "simulated_collectives"},
+        {"group", "ledger_table", "pieces", "signature"},
+        {"checked_messages", "in_flight", "ledger", "meeting", "signed_group", "simulated_collectives"},
         {"failure", "faults"},
         {"checked", "collectives", "lockstep"},
         {"lockstep_store", "simulation"},

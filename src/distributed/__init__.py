@@ -1,6 +1,6 @@
 """Groups, collectives, and where ranks run."""
 
-from .checked import CheckError
+from .checked_messages import CheckError
 from .collectives import all_gather, all_reduce, barrier, broadcast, reduce_scatter
 from .failure import RankFailure, long_wait
 from .group import Group

@@ -106,7 +106,7 @@ def set_timeout(pg: Any, timeout: timedelta) -> None:
     if not names_faults(pg):
         distributed_c10d._set_pg_timeout(timeout, pg)
     elif hasattr(pg, "checks"):
-        pg.checks.timeout = timeout
+        pg.set_timeout(timeout)
 
 
 def _timeout_of(pg: Any) -> timedelta:
