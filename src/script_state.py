@@ -70,8 +70,8 @@ class ScriptState(RankState):
         self.modules = self._own.take()
         self._own.put(self.modules)
 
-    def restore(self) -> None:
-        super().restore()
+    def restore(self, previous: RankState | None = None) -> None:
+        super().restore(previous)
         if os.environ != self.environ:
             for name in set(os.environ) - set(self.environ):
                 del os.environ[name]

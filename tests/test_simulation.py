@@ -75,6 +75,32 @@ def test_each_rank_has_its_own_random_state() -> None:
         assert got == [(torch.rand(1, generator=torchs).item(), numpys.rand(), pythons.random()) for _ in range(4)]
 
 
+def normals(group: Group, seeded: bool) -> list[float]:
+    if seeded:
+        np.random.seed(group.rank)
+    out = []
+    for step in range(6):
+        if (step + group.rank) % 3:
+            out.append(np.random.normal())
+        barrier(group)
+    return out
+
+
+@pytest.mark.parametrize("seeded", [True, False])
+def test_numpys_second_normal_number_belongs_to_its_rank(seeded: bool) -> None:
+    outside = np.random.get_state()
+    np.random.seed(7)
+    np.random.normal()
+    before = np.random.get_state()
+    results = simulate(normals, 3, seeded)
+    np.random.set_state(outside)
+    for rank, got in enumerate(results):
+        source = np.random.RandomState(rank)
+        if not seeded:
+            source.set_state(before)
+        assert got == [source.normal() for _ in range(4)]
+
+
 @pytest.mark.parametrize("num_shards, inside", [(None, 2), (2, 1)])
 def test_num_shards_sets_one_thread(num_shards: int | None, inside: int) -> None:
     torch.set_num_threads(2)

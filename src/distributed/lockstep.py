@@ -68,6 +68,7 @@ class RankThread(threading.Thread):
         except BaseException as error:
             self.lockstep.fail(faults.raised(self.rank, error, self.lockstep.threads), error)
         self.ended = True
+        self.state.save()
         self.lockstep.hand_over()
         self.over.set()
 
@@ -99,8 +100,9 @@ class RankThread(threading.Thread):
 
     def _take_turn(self) -> None:
         self.turn.acquire()
-        self.lockstep.running = self
-        self.state.restore()
+        before, self.lockstep.running = self.lockstep.running, self
+        if before is not self:
+            self.state.restore(None if before is None else before.state)
 
 
 class Lockstep:
