@@ -20,8 +20,10 @@ Run = Callable[..., pytest.RunResult]
 
 
 @pytest.fixture
-def run(pytester: pytest.Pytester) -> Run:
-    """``run(source, *options)``: the outcome of a test file in another project."""
+def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """``run(source, *options)``: the outcome of a test file in another project, on a developer's machine."""
+    for shows_whole_diffs in ("CI", "BUILD_NUMBER"):
+        monkeypatch.delenv(shows_whole_diffs, raising=False)
 
     def run(source: str, *options: str) -> pytest.RunResult:
         pytester.makepyfile(test_it=HEAD + source)
