@@ -5,7 +5,7 @@
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 TORCH_SPEC=${TORCH_SPEC-torch==2.13.0}
-EXTRAS="train,test,lint"
+EXTRAS="train,hf,test,hf-test,lint"
 
 fail() {
     echo "error: $*" >&2
