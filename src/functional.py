@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import math
 
+from typing import TypeAlias
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Rotation: TypeAlias = Tensor | tuple[Tensor, Tensor]
+"""``freqs_cis`` for heads whose neighbours are rotated together, ``(cos, sin)`` for heads of two halves."""
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -96,13 +101,13 @@ def rotate_half(x: Tensor) -> Tensor:
 def apply_rotary_pos_emb(input: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate channel pairs ``(i, i + hd/2)`` of ``input [b, s, nh, hd]`` by the angles of ``cos, sin [s, hd]``.
 
-    Computed in the tables' dtype (or the input's where that is wider); the output has input's dtype and device.
+    A table for each row, ``[b, s, hd]``, serves rows at different positions. Computed in the tables' dtype (or the input's where that is wider); the output has input's dtype and device.
 
     Raises ValueError for an odd hd and when the tables do not fit the input.
     """
     if input.shape[-1] % 2:
         raise ValueError(f"hd={input.shape[-1]} must be even: channels are rotated in pairs")
-    if cos.shape != sin.shape or cos.shape[-1] != input.shape[-1] or cos.shape[0] != input.shape[1]:
+    if cos.shape != sin.shape or not _fits(cos, input, input.shape[-1]):
         raise ValueError(
             f"cos {list(cos.shape)} and sin {list(sin.shape)} must both be [s, hd] = "
             f"[{input.shape[1]}, {input.shape[-1]}] for input [b, s, nh, hd] = {list(input.shape)}"
@@ -119,7 +124,7 @@ def precompute_freqs_cis(head_dim: int, length: int, theta: float = 500000.0) ->
 
 
 def rotate_neighbours(x: Tensor, freqs_cis: Tensor) -> Tensor:
-    """Rotate channel pairs ``(2j, 2j + 1)`` of ``x [b, s, nh, hd]`` by ``freqs_cis [s, hd / 2]``.
+    """Rotate channel pairs ``(2j, 2j + 1)`` of ``x [b, s, nh, hd]`` by ``freqs_cis [s, hd / 2]`` or ``[b, s, hd / 2]``.
 
     Llama 3's pairing, which differs from that of ``apply_rotary_pos_emb`` by ``neighbours_to_halves``. Computed in
     float32 or wider; the output has x's dtype and device.
@@ -128,13 +133,18 @@ def rotate_neighbours(x: Tensor, freqs_cis: Tensor) -> Tensor:
     """
     if not freqs_cis.is_complex():
         raise TypeError(f"freqs_cis must be complex, as precompute_freqs_cis gives it, not {freqs_cis.dtype}")
-    if freqs_cis.shape != (x.shape[1], x.shape[-1] // 2):
+    if not _fits(freqs_cis, x, x.shape[-1] // 2):
         raise ValueError(
             f"freqs_cis must be [s, hd / 2] = [{x.shape[1]}, {x.shape[-1] // 2}] for x {list(x.shape)}, "
             f"got {list(freqs_cis.shape)}"
         )
     pairs = torch.view_as_complex(x.to(wide(x.dtype)).unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * freqs_cis.to(x.device).unsqueeze(-2)).flatten(-2).to(x.dtype)
+
+
+def rotate_heads(x: Tensor, rotation: Rotation) -> Tensor:
+    """``x [b, s, nh, hd]`` rotated by ``freqs_cis`` (neighbours) or by ``(cos, sin)`` (halves)."""
+    return apply_rotary_pos_emb(x, *rotation) if isinstance(rotation, tuple) else rotate_neighbours(x, rotation)
 
 
 def neighbours_to_halves(weight: Tensor, num_heads: int) -> Tensor:
@@ -150,9 +160,31 @@ def halves_to_neighbours(weight: Tensor, num_heads: int) -> Tensor:
     return weight.view(num_heads, 2, _pairs(weight, num_heads), -1).transpose(1, 2).reshape(weight.shape)
 
 
-def causal_mask(length: int, start_pos: int = 0, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Additive mask ``[length, start_pos + length]``: 0 where a query may look, -inf at later positions."""
-    return torch.full((length, start_pos + length), -math.inf, dtype=dtype, device=device).triu(start_pos + 1)
+def causal_mask(
+    length: int,
+    start_pos: int = 0,
+    *,
+    padding: Tensor | None = None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """Additive mask ``[length, start_pos + length]``: 0 where a query may look, -inf at later positions.
+
+    With ``padding [b]``, the number of fillers at the start of each row, the mask is ``[b, 1, length, start_pos +
+    length]`` and hides them from all tokens; a filler sees itself, so that its own row is no NaN.
+    """
+    mask = torch.full((length, start_pos + length), -math.inf, dtype=dtype, device=device).triu(start_pos + 1)
+    if padding is None:
+        return mask
+    keys = torch.arange(start_pos + length, device=device)
+    fillers = keys < padding.to(device).view(-1, 1, 1, 1)
+    own = keys == keys[start_pos:].unsqueeze(1)
+    return mask.masked_fill(fillers & ~own, -math.inf)
+
+
+def _fits(table: Tensor, x: Tensor, width: int) -> bool:
+    """Whether a table of rotations has one row of ``width`` for each position of ``x [b, s, nh, hd]``."""
+    return table.shape == (x.shape[1], width) or table.shape == (x.shape[0], x.shape[1], width)
 
 
 def _pairs(weight: Tensor, num_heads: int) -> int:

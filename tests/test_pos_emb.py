@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from src.modeling import NTKAwareRoPE, RotaryFrequencies
+from src.modeling import ModelArgs, NTKAwareRoPE, RotaryFrequencies
+from src.rope_scaling import rope_frequencies
 
 DIM, MAX = 8, 8
 
@@ -101,18 +102,18 @@ def test_table_dtype(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.double()])
 def test_casts_leave_the_tables_alone(cast: Callable[[nn.Module], nn.Module]) -> None:
-    rope, freqs = NTKAwareRoPE(DIM, MAX, dynamic=True), RotaryFrequencies(DIM, MAX, 10000.0)
+    rope, freqs = NTKAwareRoPE(DIM, MAX, dynamic=True), frequencies(10000.0)
     cast(nn.ModuleList([rope, freqs]))
     x = numbers(MAX)
     assert (rope.cos.dtype, rope.sin.dtype) == (torch.float32, torch.float32)
     assert torch.equal(rope(x), rotated(x))
-    assert torch.equal(freqs.freqs_cis, RotaryFrequencies(DIM, MAX, 10000.0).freqs_cis)
+    assert torch.equal(freqs.inverse, frequencies(10000.0).inverse)
     rope(numbers(2 * MAX))
     assert rope.cos.dtype == torch.float32
 
 
 def test_tables_are_not_saved() -> None:
-    rope, freqs = NTKAwareRoPE(DIM, MAX), RotaryFrequencies(DIM, MAX, 10000.0)
+    rope, freqs = NTKAwareRoPE(DIM, MAX), frequencies(10000.0)
     assert not rope.state_dict() and not freqs.state_dict()
     assert not list(rope.parameters()) and not list(freqs.parameters())
     assert {name for name, _ in rope.named_buffers()} == {"cos", "sin"}
@@ -162,8 +163,12 @@ def test_deepcopy_grows_alone() -> None:
     assert (rope.ratio, twin.ratio) == (1, 2) and rope.cos.shape[0] == MAX
 
 
+def frequencies(theta: float, **options: Any) -> RotaryFrequencies:
+    return RotaryFrequencies(ModelArgs(dim=DIM, n_heads=1, rope_theta=theta), **options)
+
+
 def test_rotary_frequencies() -> None:
-    freqs = RotaryFrequencies(DIM, 12, 500.0)
+    freqs = frequencies(500.0)
     angles = np.outer(np.arange(12), 500.0 ** -(np.arange(0, DIM, 2) / DIM))
     want = torch.from_numpy(np.exp(1j * angles))
     assert freqs(0, 12).dtype == torch.complex64
@@ -173,9 +178,9 @@ def test_rotary_frequencies() -> None:
 
 
 def test_rotary_frequencies_on_meta_and_back() -> None:
-    freqs, want = RotaryFrequencies(DIM, 12, 500.0, device="meta"), RotaryFrequencies(DIM, 12, 500.0).freqs_cis
-    assert freqs.freqs_cis.is_meta
-    assert torch.equal(freqs.to_empty(device="cpu").freqs_cis, want)
+    freqs, want = frequencies(500.0, device="meta"), frequencies(500.0).inverse
+    assert freqs.inverse.is_meta
+    assert torch.equal(freqs.to_empty(device="cpu").inverse, want)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +196,7 @@ def test_rotary_frequencies_on_meta_and_back() -> None:
         (lambda: NTKAwareRoPE(DIM, MAX)(numbers(3), -1), "offset=-1 must not be negative"),
         (lambda: NTKAwareRoPE(DIM, MAX)(numbers(3, 6)), r"hd=8\], got shape \[2, 3, 3, 6\]"),
         (lambda: NTKAwareRoPE(DIM, MAX)(numbers(3)[0]), r"\[b, s, nh, hd=8\], got shape \[3, 3, 8\]"),
-        (lambda: RotaryFrequencies(7, MAX, 10000.0), "dim=7 must be even"),
+        (lambda: rope_frequencies(7, 10000.0), "head_dim=7 must be even"),
     ],
 )
 def test_errors(call: Callable[[], Any], message: str) -> None:

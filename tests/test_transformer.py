@@ -168,10 +168,10 @@ def test_deepcopy(ranks: Ranks) -> None:
 
 def test_bfloat16_keeps_the_frequencies() -> None:
     model, (ids, _) = Transformer(VARIANTS["plain"]), tokens(VARIANTS["plain"])
-    table = model.frequencies.freqs_cis.clone()
+    table = model.frequencies.inverse.clone()
     logits = model.to(torch.bfloat16)(ids)
     assert logits.dtype == torch.bfloat16 and {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert torch.equal(model.frequencies.freqs_cis, table) and table.dtype == torch.complex64
+    assert torch.equal(model.frequencies.inverse, table) and table.dtype == torch.float32
     assert not any("freqs" in name or "cache" in name for name in model.state_dict())
 
 

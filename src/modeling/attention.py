@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..distributed.group import group_or_single
 from ..distributed.random import SEED_STRIDE
 from ..distributed.regions import copy_to_shards, gather_to_shards
-from ..functional import rotate_neighbours
+from ..functional import Rotation, rotate_heads
 from ..sharding import shard_size
 from .checks import check_activations
 from .config import ModelArgs
@@ -60,11 +60,12 @@ class Attention(nn.Module):
         self.register_buffer("cache_v", None, persistent=False)
         self._cached = (0, 0)  # sequences and positions that the cache holds
 
-    def forward(self, x: Tensor, start_pos: int, freqs_cis: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, start_pos: int, freqs_cis: Rotation, mask: Tensor | None = None) -> Tensor:
         """``x [b, s, h] -> [b, s, h]``, both replicated, or with ``sequence_parallel`` both ``[b, s/w, h]``.
 
-        ``freqs_cis [s, hd/2]`` are the angles of positions ``[start_pos, start_pos + s)``. ``mask`` is additive, of x's
-        dtype, ``[s, start_pos + s]``; None means that every query sees every position. Keys and values before
+        ``freqs_cis [s, hd/2]`` are the angles of positions ``[start_pos, start_pos + s)``; a pair of cos and sin
+        ``[s, hd]`` rotates halves instead. ``mask`` is additive, of x's dtype, ``[s, start_pos + s]`` or ``[b, 1, s,
+        start_pos + s]``; None means that every query sees every position. Keys and values before
         ``start_pos`` come from the cache. With gradients enabled and ``start_pos=0`` the cache is not touched.
 
         Raises ValueError for positions beyond ``max_seq_len``, batches above ``max_batch_size`` (both where the cache
@@ -74,7 +75,7 @@ class Attention(nn.Module):
         self._check_positions(x, start_pos, mask)
         inputs = (gather_to_shards if self.sequence_parallel else copy_to_shards)(x, group=self.group)
         q, k, v = (self._heads(projection, inputs) for projection in (self.wq, self.wk, self.wv))
-        q, k = ([rotate_neighbours(heads, freqs_cis) for heads in shards] for shards in (q, k))
+        q, k = ([rotate_heads(heads, freqs_cis) for heads in shards] for shards in (q, k))
         if start_pos > 0 or not torch.is_grad_enabled():
             k, v = self._through_cache(k, v, start_pos)
         heads = [self._attend(*qkv, mask) for qkv in zip(q, k, v, strict=True)]
@@ -149,7 +150,7 @@ class Attention(nn.Module):
         if mask.dtype != x.dtype:
             raise TypeError(f"mask must be additive and of x's dtype {x.dtype}, not {mask.dtype}; use mask.to(x.dtype)")
         length = x.shape[1] * (self.group.world_size if self.sequence_parallel else 1)
-        if mask.shape != (length, start_pos + length):
+        if mask.shape not in ((length, start_pos + length), (x.shape[0], 1, length, start_pos + length)):
             raise ValueError(
                 f"mask must be [s, start_pos + s] = [{length}, {start_pos + length}], got {list(mask.shape)}"
             )

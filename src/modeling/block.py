@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..distributed.group import group_or_single
 from ..distributed.random import SEED_STRIDE
+from ..functional import Rotation
 from .attention import Attention
 from .config import ModelArgs
 from .dropout import ParallelDropout
@@ -49,6 +50,7 @@ class TransformerBlock(nn.Module):
             4 * args.dim,
             args.multiple_of,
             args.ffn_dim_multiplier,
+            size=args.ffn_dim,
             dropout=args.dropout,
             init_base_seed=seed + SEEDS_PER_BLOCK // 2,
             **options,
@@ -58,7 +60,7 @@ class TransformerBlock(nn.Module):
         self.attention_dropout = ParallelDropout(args.dropout, seed=seed + 5 * SEED_STRIDE, **place)
         self.ffn_dropout = ParallelDropout(args.dropout, seed=seed + 6 * SEED_STRIDE, **place)
 
-    def forward(self, x: Tensor, start_pos: int, freqs_cis: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, start_pos: int, freqs_cis: Rotation, mask: Tensor | None = None) -> Tensor:
         """``x [b, s, h] -> [b, s, h]``, replicated, or with ``sequence_parallel`` both ``[b, s/w, h]``.
 
         The other arguments are those of ``Attention.forward``.

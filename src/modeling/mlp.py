@@ -31,8 +31,8 @@ def feed_forward_size(hidden_dim: int, multiple_of: int, ffn_dim_multiplier: flo
 class FeedForward(nn.Module):
     """``w2(silu(w1 x) * w3 x)``. w1 and w3 share one ``copy_to_shards``: one all-reduce forward, one backward.
 
-    With ``group=None`` this is an ordinary single-process module. Raises ValueError when the logical shards do not
-    divide the rounded hidden size.
+    ``size`` is the number of hidden features as it is; None leaves it to ``feed_forward_size``. With ``group=None``
+    this is an ordinary single-process module. Raises ValueError when the logical shards do not divide the size.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class FeedForward(nn.Module):
         multiple_of: int,
         ffn_dim_multiplier: float | None = None,
         *,
+        size: int | None = None,
         group: Any = None,
         sequence_parallel: bool = False,
         dropout: float = 0.0,
@@ -51,7 +52,7 @@ class FeedForward(nn.Module):
     ) -> None:
         super().__init__()
         self.dim, self.group, self.sequence_parallel = dim, group_or_single(group), sequence_parallel
-        size = feed_forward_size(hidden_dim, multiple_of, ffn_dim_multiplier)
+        size = feed_forward_size(hidden_dim, multiple_of, ffn_dim_multiplier) if size is None else size
         if size < 1:
             raise ValueError(f"hidden_dim={hidden_dim}, ffn_dim_multiplier={ffn_dim_multiplier} leave no features")
         options: dict[str, Any] = {"bias": False, "group": self.group, "dtype": dtype, "device": device}

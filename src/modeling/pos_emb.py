@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional import apply_rotary_pos_emb, precompute_freqs_cis, rope_tables
+from ..functional import Rotation, apply_rotary_pos_emb, rope_tables
+from ..rope_scaling import rope_frequencies
+from .config import ModelArgs
 
 
 class _Tables(nn.Module):
@@ -104,19 +106,47 @@ class NTKAwareRoPE(_Tables):
 
 
 class RotaryFrequencies(_Tables):
-    """Llama 3's ``freqs_cis`` for positions ``[0, length)``."""
+    """The rotations of a model's heads, by the pairing and the scaling that ``args`` name.
 
-    freqs_cis: Tensor
+    "dynamic" scaling remembers the longest sequence it has seen: frequencies follow it upwards, and return to those of
+    training when a sequence within the trained length comes. Hugging Face's models do the same.
+    """
 
-    def __init__(self, head_dim: int, length: int, theta: float, device: str | torch.device = "cpu") -> None:
+    inverse: Tensor
+
+    def __init__(self, args: ModelArgs, device: str | torch.device = "cpu") -> None:
         super().__init__()
-        self.head_dim, self.length, self.theta = head_dim, length, theta
+        self.head_dim, self.theta = args.head_dim, args.rope_theta
+        self.pairing, self.scaling = args.rope_pairing, args.rope_scaling
+        self.longest = 0 if self.scaling is None else self.scaling.max_position_embeddings
         self.reset_tables(torch.device(device))
 
     def reset_tables(self, device: torch.device) -> None:
-        """Compute the table."""
-        self._set("freqs_cis", precompute_freqs_cis(self.head_dim, self.length, self.theta).to(device))
+        """Compute the frequencies."""
+        with torch.inference_mode(False), torch.device("cpu"):
+            inverse, self.magnitude = rope_frequencies(self.head_dim, self.theta, self.scaling, self.longest)
+        self._set("inverse", inverse.to(device))
 
-    def forward(self, start_pos: int, length: int) -> Tensor:
-        """Rows ``[start_pos, start_pos + length)``: complex ``[length, head_dim / 2]``."""
-        return self.freqs_cis[start_pos : start_pos + length]
+    def forward(self, start_pos: int, length: int, padding: Tensor | None = None) -> Rotation:
+        """Those of positions ``[start_pos, start_pos + length)``, for ``rotate_heads``.
+
+        ``freqs_cis``, complex ``[length, hd / 2]``, for neighbours; cos and sin ``[length, hd]`` for halves. With
+        ``padding [b]`` positions are counted from each row's first real token, and all have a batch dim in front.
+        """
+        self._follow(start_pos + length)
+        positions = torch.arange(start_pos, start_pos + length, device=self.inverse.device)
+        if padding is not None:
+            positions = (positions - padding.to(positions.device).unsqueeze(1)).clamp_(min=0)
+        angles = positions.unsqueeze(-1).float() * self.inverse
+        if self.pairing == "neighbours":
+            return torch.polar(torch.full_like(angles, self.magnitude), angles)
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos() * self.magnitude, angles.sin() * self.magnitude
+
+    def _follow(self, length: int) -> None:
+        if self.scaling is None or self.scaling.rope_type != "dynamic":
+            return
+        trained = self.scaling.max_position_embeddings
+        if length > self.longest or length < trained < self.longest:
+            self.longest = max(length, trained)
+            self.reset_tables(self.inverse.device)

@@ -69,16 +69,20 @@ class Transformer(nn.Module):
             init_base_seed=base + SEED_STRIDE,
             **options,
         )
-        self.frequencies = RotaryFrequencies(args.head_dim, args.max_seq_len, args.rope_theta, device)
+        self.frequencies = RotaryFrequencies(args, device)
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew, as after ``to_empty`` on a model that was built on the meta device."""
-        if self.args.tie_embeddings:
-            self.output.weight = self.tok_embeddings.weight  # to_empty parts what was tied
+        self.tie_parameters()
         for module in self.modules():
             reset: Any = getattr(module, "reset_parameters", None)
             if reset is not None and module is not self:
                 reset()
+
+    def tie_parameters(self) -> None:
+        """Let a tied head share the embedding's table again, from which ``to_empty`` parts it."""
+        if self.args.tie_embeddings:
+            self.output.weight = self.tok_embeddings.weight
 
     @contextmanager
     def evaluating(self, whole_sequences: bool = False) -> Iterator[None]:
@@ -99,10 +103,12 @@ class Transformer(nn.Module):
             for module in cut:
                 module.sequence_parallel = True
 
-    def forward(self, tokens: Tensor, start_pos: int = 0) -> Tensor:
+    def forward(self, tokens: Tensor, start_pos: int = 0, *, padding: Tensor | None = None) -> Tensor:
         """``tokens [b, s] -> logits [b, s, v/w]``, causal, the first token being at position ``start_pos``.
 
-        ``start_pos > 0`` continues from the KV cache, which is filled by calls under ``torch.no_grad()``.
+        ``start_pos > 0`` continues from the KV cache, which is filled by calls under ``torch.no_grad()``. ``padding
+        [b]`` is the number of fillers at the start of each row's sequence: no token sees them, positions are counted
+        from the first real token, and their own logits mean nothing.
 
         Raises ValueError for ids outside the vocabulary and for positions beyond ``max_seq_len``.
         """
@@ -117,8 +123,9 @@ class Transformer(nn.Module):
             shards = self.group.num_shards
             raise ValueError(f"sequence_parallel: num_shards={shards} must divide the sequence length {length}")
         h = self.tok_embeddings(tokens)
-        mask = causal_mask(length, start_pos, dtype=h.dtype, device=h.device) if length > 1 else None
-        freqs_cis = self.frequencies(start_pos, length)
+        masked = length > 1 or padding is not None
+        mask = causal_mask(length, start_pos, padding=padding, dtype=h.dtype, device=h.device) if masked else None
+        freqs_cis = self.frequencies(start_pos, length, padding)
         for layer in self.layers:
             h = layer(h, start_pos, freqs_cis, mask)
         logits: Tensor = self.output(self.norm(h))
