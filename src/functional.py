@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-
 from typing import TypeAlias
 
 import torch
@@ -101,7 +100,8 @@ def rotate_half(x: Tensor) -> Tensor:
 def apply_rotary_pos_emb(input: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate channel pairs ``(i, i + hd/2)`` of ``input [b, s, nh, hd]`` by the angles of ``cos, sin [s, hd]``.
 
-    A table for each row, ``[b, s, hd]``, serves rows at different positions. Computed in the tables' dtype (or the input's where that is wider); the output has input's dtype and device.
+    Tables ``[b, s, hd]`` serve rows at different positions. Computed in the tables' dtype (or the input's where that is
+    wider); the output has input's dtype and device.
 
     Raises ValueError for an odd hd and when the tables do not fit the input.
     """

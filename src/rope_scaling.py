@@ -41,7 +41,7 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.rope_type not in ROPE_TYPES:
             raise ValueError(f"rope_type={self.rope_type!r} is not supported; supported are {', '.join(ROPE_TYPES)}")
-        if self.factor is None and self.rope_type != "yarn" or self.factor is not None and not self.factor >= 1:
+        if self.rope_type != "yarn" if self.factor is None else not self.factor >= 1:
             raise ValueError(f"rope_type={self.rope_type!r} needs a factor of at least 1, not {self.factor}")
         if self.rope_type == "llama3" and (self.low_freq_factor is None or self.high_freq_factor is None):
             raise ValueError("rope_type='llama3' needs low_freq_factor and high_freq_factor")

@@ -18,8 +18,8 @@ class ModelArgs:
     ``dropout`` acts on the heads' outputs, the feed-forward's hidden features, and what both add to the residual.
     ``head_dim`` 0 means ``dim / n_heads``; ``ffn_dim`` is the feed-forward's size as it is, None leaves it to Llama's
     rule. ``rope_pairing`` says which channels of a head are rotated together: Llama's neighbours ``(2i, 2i + 1)``, or
-    halves ``(i, i + head_dim / 2)`` as in Hugging Face's checkpoints; ``rope_scaling`` by which rule the frequencies are
-    stretched (a RopeScaling, or its fields as a mapping).
+    halves ``(i, i + head_dim / 2)`` as in Hugging Face's checkpoints; ``rope_scaling`` by which rule the frequencies
+    are stretched (a RopeScaling, or its fields as a mapping).
 
     Raises ValueError for sizes that do not fit each other.
     """

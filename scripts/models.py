@@ -1,0 +1,109 @@
+"""Finding out what kind of checkpoint a directory holds, and opening it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from src.checkpoint import load, read_info, save
+from src.distributed import Group
+from src.formats import (
+    load_hugging_face,
+    load_meta,
+    read_meta_args,
+    read_model_args,
+    save_hugging_face,
+    save_meta,
+)
+from src.formats.slices import empty_model
+from src.modeling import ModelArgs, Transformer
+
+Format = Literal["hugging-face", "checkpoint", "meta"]
+MARKS: dict[str, Format] = {"isoshard.json": "checkpoint", "config.json": "hugging-face", "params.json": "meta"}
+COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+"""Files beside the weights that do not depend on their format."""
+
+Report = Callable[[str, int], None]
+
+
+def format_of(path: Path) -> Format:
+    """What the directory ``path`` holds.
+
+    Raises ValueError when it is none of these.
+    """
+    for mark, found in MARKS.items():
+        if (path / mark).exists():
+            return found
+    raise ValueError(f"{path} is no directory of a model: it has none of {', '.join(MARKS)}")
+
+
+def open_model(
+    path: Path,
+    group: Group,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    changes: dict[str, Any] | None = None,
+    report: Report | None = None,
+) -> Transformer:
+    """The model in the directory ``path``, each rank holding its part, with ``changes`` of its ModelArgs.
+
+    Raises ValueError for what is no complete checkpoint.
+    """
+    args = replace(args_of(path), **(changes or {}))
+    kind = format_of(path)
+    if kind == "meta":
+        return load_meta(path, args, group=group, dtype=dtype, device=device, report=report)
+    if kind == "hugging-face":
+        return load_hugging_face(path, args, group=group, dtype=dtype, device=device, report=report)
+    model = empty_model(args, group, dtype, device)
+    load(path, model, group=group)
+    return model
+
+
+def args_of(path: Path) -> ModelArgs:
+    """The shape of the model in the directory ``path``."""
+    kind = format_of(path)
+    return {"meta": read_meta_args, "hugging-face": read_model_args, "checkpoint": checkpoint_args}[kind](path)
+
+
+def checkpoint_args(path: Path) -> ModelArgs:
+    """The shape of the model in a checkpoint of ``scripts.train`` or ``scripts.convert``."""
+    info = read_info(path)
+    settings = info.get("model") or info.get("run") or {}
+    known = {field.name for field in fields(ModelArgs)}
+    if not settings:
+        raise ValueError(f"checkpoint {path} does not say what shape its model has")
+    return ModelArgs(**{name: value for name, value in settings.items() if name in known})
+
+
+def write_model(path: Path, model: Transformer, kind: Format, group: Group, report: Report, max_file_size: int) -> None:
+    """Write ``model`` as a new directory ``path``. Raises ValueError where it exists."""
+    if kind == "hugging-face":
+        save_hugging_face(path, model, group=group, max_file_size=max_file_size, report=report)
+    elif kind == "meta":
+        save_meta(path, model, group=group, report=report)
+    elif path.exists():
+        raise ValueError(f"{path} exists; choose another path, or remove it first")
+    else:
+        save(path, model, info={"model": asdict(model.args)}, group=group)
+
+
+def companion(path: Path, name: str) -> Path | None:
+    """A file that belongs to the model in ``path``: beside its weights, or where the run of a checkpoint keeps it."""
+    places = [path / name, *(parent / name for parent in path.resolve().parents[:2])]
+    return next((place for place in places[: 3 if format_of(path) == "checkpoint" else 1] if place.exists()), None)
+
+
+def copy_companions(source: Path, target: Path) -> list[str]:
+    """Copy tokenizer and generation settings; the names of what was there."""
+    found = {name: companion(source, name) for name in COMPANIONS}
+    for name, file in found.items():
+        if file is not None:
+            shutil.copyfile(file, target / name)
+    return [name for name, file in found.items() if file is not None]
