@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from src import Group, Ledger
 
 BATCH, LENGTH, WIDTH, HEADS, VOCABULARY = 2, 16, 64, 8, 1000
-ROW = "{:46}  {:44}  {}"
+ROW = "{:46}  {:26}  {}"
+Row = tuple[str, list[str], list[str]]
 Case = tuple[str, "Callable[[], Tensor]"]
 
 
@@ -32,19 +34,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-shards", type=int, default=None, metavar="V", help="logical shards (as many as ranks)")
     options = parser.parse_args(argv)
     print(ROW.format("layer", "forward", "backward").rstrip())
-    for row in rows(options.tp, options.num_shards):
-        print(ROW.format(*row).rstrip())
+    for name, forward, backward in rows(options.tp, options.num_shards):
+        for line in zip_longest([name], forward, backward, fillvalue=""):
+            print(ROW.format(*line).rstrip())
 
 
-def rows(world_size: int, num_shards: int | None = None) -> list[tuple[str, str, str]]:
+def rows(world_size: int, num_shards: int | None = None) -> list[Row]:
     """Layer, collectives forward, collectives backward."""
     from src import simulate
 
-    found: list[tuple[str, str, str]] = simulate(record, world_size, num_shards=num_shards)[0]
+    found: list[Row] = simulate(record, world_size, num_shards=num_shards)[0]
     return found
 
 
-def record(group: Group) -> list[tuple[str, str, str]]:
+def record(group: Group) -> list[Row]:
     """Run every case on this rank, forward and backward, under a ledger of its own."""
     from src import Ledger
 
@@ -56,13 +59,12 @@ def record(group: Group) -> list[tuple[str, str, str]]:
     return found
 
 
-def summary(ledger: Ledger, phase: str) -> str:
-    """``2 all_reduce 8.0 KiB``, with a term for each operation and size; ``-`` for nothing."""
+def summary(ledger: Ledger, phase: str) -> list[str]:
+    """``2 all_reduce 8.0 KiB`` for each operation and payload; ``-`` for nothing."""
     from src.distributed.ledger_table import human_bytes
 
     sent = Counter((r.op, r.payload_bytes) for r in ledger.records if r.phase == phase)
-    terms = [f"{count} {op} {human_bytes(size)}" for (op, size), count in sent.items()]
-    return ", ".join(terms) or "-"
+    return [f"{count} {op} {human_bytes(size)}" for (op, size), count in sent.items()] or ["-"]
 
 
 def cases(group: Group) -> Iterator[Case]:
