@@ -239,6 +239,8 @@ def test_what_is_not_there(tmp_path: Path) -> None:
         ("scripts.options:parse_options('A job.', ['--help'])", "--num-shards V"),
         ("scripts.verify:parse_options(['--help'])", "--matrix"),
         ("scripts.plan:parse_options(['--help'])", "--node-ranks N"),
+        ("scripts.layers:main(['--help'])", "--num-shards V"),
+        ("scripts.figures:main(['--help'])", "--out OUT"),
         ("src.launcher:main(['--help'])", "isoshard run --simulate 4"),
         ("src.launcher:main(['run', '--help'])", "--max-restarts N"),
     ],
