@@ -7,13 +7,14 @@
 # NNODES          number of machines
 # NPROC_PER_NODE  processes on each
 # RUN_ID          optional: a name that tells runs on one HEAD apart
+# NODE_RANK       optional: 0, 1, … on the machines, where they are to be numbered by hand; HEAD is then that of rank 0
 # MAX_RESTARTS    optional: how often all ranks are started again after a failure, 0 unless given. Pass --resume as
 #                 well, else every attempt begins at step 0.
 #
-# No node rank is needed: the c10d rendezvous hands it out. Assumes the same checkout and environment on every
+# Without NODE_RANK the c10d rendezvous numbers the machines. Assumes the same checkout and environment on every
 # machine, and a runs/ directory that all of them share (checkpoints and the corpus lie there).
-# Tried with two launchers on one machine over gloo, with a restart and a small program in place of scripts.train; not
-# tried on separate machines or over NCCL. For 2 x 8 processes pass --heads 16: they must divide the heads.
+# Tested with two launchers on one machine over gloo, both ways (tests/test_launch_recipes.py); not tried on separate
+# machines or over NCCL. For 2 x 8 processes pass --heads 16: they must divide the heads.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -27,7 +28,11 @@ python=python3
 # one and hangs. This gives every attempt a store of its own.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
+if [[ -n ${NODE_RANK-} ]]; then
+    meet=(--node-rank="$NODE_RANK" --master-addr="${HEAD%:*}" --master-port="${HEAD##*:}")
+else
+    meet=(--rdzv-backend=c10d --rdzv-endpoint="$HEAD" --rdzv-id="${RUN_ID:-isoshard}")
+fi
 exec "$python" -m torch.distributed.run \
-    --nnodes="$NNODES" --nproc-per-node="$NPROC_PER_NODE" --max-restarts="${MAX_RESTARTS:-0}" \
-    --rdzv-backend=c10d --rdzv-endpoint="$HEAD" --rdzv-id="${RUN_ID:-isoshard}" \
+    --nnodes="$NNODES" --nproc-per-node="$NPROC_PER_NODE" --max-restarts="${MAX_RESTARTS:-0}" "${meet[@]}" \
     -m scripts.train "$@"

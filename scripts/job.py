@@ -23,6 +23,7 @@ from src.training import Batch, evaluate, train_step, warmup_cosine
 from src.verification import check_agreement, check_promise, digest, each_unsharded_weight
 
 from .corpus import Corpus, prepare
+from .logs import logger
 from .options import Options
 from .report import MetricsLog, ProgressBar, draw_curve, require_extras
 
@@ -181,6 +182,8 @@ class _Run:
             self.model, self.optimizer, batches, group=self.group, max_norm=options.clip, dtype=self.dtype
         )
         loss = result.loss.item()
+        if log is not None and not math.isfinite(loss):
+            logger().warning("step %d: the loss is %s", step + 1, loss)
         if log is not None:
             log.write(step + 1, "train", loss=loss, grad_norm=result.grad_norm.item(), lr=rate)
         return loss
@@ -194,7 +197,9 @@ class _Run:
     def _save(self) -> None:
         folder = self.options.out / "checkpoints"
         info = {"history": asdict(self.history), "run": run_settings(self.model.args, self.corpus, self.options)}
-        save(folder / f"step-{self.history.step:06d}", self.model, self.optimizer, info, group=self.group)
+        path, began = folder / f"step-{self.history.step:06d}", time.perf_counter()
+        save(path, self.model, self.optimizer, info, group=self.group)
+        logger().info("saved %s in %.1f s", path, time.perf_counter() - began)
         if self.group.rank == 0:
             for old in saved_steps(folder)[:-KEPT_CHECKPOINTS]:
                 shutil.rmtree(old)
@@ -211,6 +216,7 @@ def open_corpus(group: Group, options: Options) -> Corpus:
     with long_wait(group, ALONE):
         if group.rank > 0:
             barrier(group)
+        logger().info("reading or preparing the text in %s", options.cache)
         try:
             corpus = prepare(options.cache, options.vocab_size, options.data)
         finally:
@@ -276,7 +282,9 @@ def restore(
                 f"{found[-1]} is of another run: its {name} is {info['run'].get(name)!r}, here it is {value!r}; "
                 "resume with the same settings, or choose another --out"
             )
-    return History(**load(found[-1], model, optimizer, group=group)["history"])
+    history = History(**load(found[-1], model, optimizer, group=group)["history"])
+    logger().info("loaded %s, step %d of %d", found[-1], history.step, options.steps)
+    return history
 
 
 def describe(group: Group, options: Options, args: ModelArgs, corpus: Corpus, start: int, model: Transformer) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .logs import LEVELS
+
 SHARDS_HELP = (
     "logical shards, a power of two that the number of ranks divides: fixes the bits at every number of ranks, "
     "with one thread per rank (default: one shard per rank, bits as they come)"
@@ -51,6 +53,7 @@ class Options:
     backend: str | None
     timeout: float | None
     check: bool | None
+    log_level: str
 
 
 def parse_options(description: str | None, argv: Sequence[str] | None = None) -> Options:
@@ -105,6 +108,9 @@ def parse_options(description: str | None, argv: Sequence[str] | None = None) ->
     ranks.add_argument("--backend", default=None, help="gloo or nccl (nccl on cuda)")
     ranks.add_argument("--timeout", type=float, default=None, metavar="SECONDS", help="of a collective (8 on gloo)")
     ranks.add_argument("--check", action="store_true", default=None, help="ranks compare each call before it is made")
+    ranks.add_argument(
+        "--log-level", choices=LEVELS, default="info", help="of rank 0; others warn only, but at debug (%(default)s)"
+    )
 
     arguments = parser.parse_args(argv)
     for name in ("steps", "eval_every", "eval_batches", "save_every", "layers", "seq_len", "batch_size", "accumulate"):

@@ -12,12 +12,14 @@ import sys
 from collections.abc import Sequence
 from datetime import timedelta
 
+from .logs import log_to_stderr
 from .options import parse_options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the job that the command line describes."""
     options = parse_options(__doc__, argv)
+    log_to_stderr(options.log_level)
     from src import SimulationError, close, init, simulate
 
     from .job import train

@@ -14,6 +14,30 @@ import sys
 from collections.abc import Sequence
 
 _USAGE = f"usage: isoshard run [torchrun options] [--simulate [N]] script.py args\n\n{__doc__}"
+# Written out, because asking torchrun for its options takes the seconds of importing torch.
+_OPTIONS = """
+ranks in this process:
+  --simulate [N]              N simulated ranks, in lockstep (N may be given by --nproc-per-node, too)
+  --schedule {ranks,random}   who runs next: the next rank, or any (ranks)
+  --seed SEED                 of the random schedule (0)
+
+what isoshard.init() does in the script:
+  --check                     ranks compare every call before they make it
+  --timeout SECONDS           timeout of a collective (8 on gloo, torch's own on nccl)
+
+torchrun's, of which these are used most (torchrun --help has all of them):
+  --nproc-per-node N          ranks on this machine: a number, gpu, cpu or auto (1)
+  -m, --module                the script is a module, as for python -m
+  --nnodes N                  machines; MIN:MAX lets their number vary (1)
+  --max-restarts N            how often all ranks are started again after a failure (0)
+  --standalone                one machine, on a free port
+  --rdzv-backend c10d --rdzv-endpoint HOST:PORT --rdzv-id NAME
+                              several machines, which find each other at HOST; the same line on each
+  --node-rank I --master-addr HOST --master-port PORT
+                              several machines, numbered by hand
+  --log-dir DIR --redirects 3 --tee 3
+                              a file for what each rank prints
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -29,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(args: list[str]) -> int:
     """Launch what the arguments of ``isoshard run`` describe."""
+    if args and args[0] in ("-h", "--help"):
+        sys.stdout.write(_USAGE + _OPTIONS)
+        return 0
     from torch.distributed import run as torchrun
 
     from .distributed.runtime import export_settings

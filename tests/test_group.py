@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import socket
 from typing import Any
 
@@ -183,7 +184,8 @@ def test_split_of_a_size_that_does_not_divide() -> None:
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+    names = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT SLURM_STEP_NUM_TASKS"
+    for name in (*names.split(), "OMPI_COMM_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
 
@@ -197,10 +199,43 @@ def test_init_without_environment(environment: pytest.MonkeyPatch) -> None:
     close()
 
 
-def test_init_with_world_size_but_no_rank(environment: pytest.MonkeyPatch) -> None:
-    environment.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ValueError, match="WORLD_SIZE=4 but RANK is not set; start the program with torchrun"):
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ("WORLD_SIZE=4", "WORLD_SIZE=4 but RANK is not set; start the program with torchrun"),
+        ("RANK=1", "RANK=1 is set, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT; start the program with torchrun, or"),
+        ("RANK=0 WORLD_SIZE=2 MASTER_PORT=29500", "RANK=0 is set, but not MASTER_ADDR; start the program with"),
+        ("RANK=2 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1", r"RANK=2 is outside \[0, world_size=2\)"),
+        ("RANK=one WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1", "RANK='one' in the environment is no integer"),
+        ("SLURM_STEP_NUM_TASKS=4", "srun started 4 tasks, but RANK is not set and each would run on its own; start"),
+        ("OMPI_COMM_WORLD_SIZE=2", "mpirun started 2 tasks, but RANK is not set"),
+    ],
+)
+def test_init_in_an_environment_with_holes(environment: pytest.MonkeyPatch, settings: str, message: str) -> None:
+    for setting in settings.split():
+        environment.setenv(*setting.split("="))
+    with pytest.raises(ValueError, match=message):
         init()
+    assert not dist.is_initialized()
+
+
+def test_init_says_where_it_is_and_that_gpus_do_not_suffice(
+    environment: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in (settings | {"LOCAL_WORLD_SIZE": "3", "TORCHELASTIC_RESTART_COUNT": "2"}).items():
+        environment.setenv(name, value)
+    environment.setattr(torch.cuda, "is_available", lambda: True)
+    environment.setattr(torch.cuda, "device_count", lambda: 2)
+    with caplog.at_level("INFO", "isoshard"):
+        init()
+        close()
+    place, warning = caplog.messages
+    assert re.fullmatch(r"1 ranks over gloo; this one on cpu, process \d+ of \S+, restart 2", place)
+    assert warning == "3 ranks on this machine, which shows 2 GPU(s): they use the CPU"
 
 
 def test_init_refuses_an_unknown_reduce_order_in_a_world_of_one(environment: pytest.MonkeyPatch) -> None:

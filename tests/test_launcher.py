@@ -231,3 +231,33 @@ def test_what_is_not_there(tmp_path: Path) -> None:
             launcher.run(["--simulate", "2", *args])
     with pytest.raises(SystemExit, match="'fly' is no command"):
         launcher.main(["fly"])
+
+
+@pytest.mark.parametrize(
+    "call, shown",
+    [
+        ("scripts.options:parse_options('A job.', ['--help'])", "--num-shards V"),
+        ("scripts.verify:parse_options(['--help'])", "--matrix"),
+        ("scripts.plan:parse_options(['--help'])", "--node-ranks N"),
+        ("scripts.layers:main(['--help'])", "--num-shards V"),
+        ("scripts.figures:main(['--help'])", "--out OUT"),
+        ("src.launcher:main(['--help'])", "isoshard run --simulate 4"),
+        ("src.launcher:main(['run', '--help'])", "--max-restarts N"),
+    ],
+)
+def test_help_comes_without_torch(call: str, shown: str) -> None:
+    module, call = call.split(":")
+    program = (
+        f"import sys, {module}\ntry:\n    {module}.{call}\nexcept SystemExit as ended:\n    assert not ended.code\n"
+    )
+    program += "assert not {'torch', 'numpy', 'matplotlib'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and shown in done.stdout, done.stdout + done.stderr
+
+
+def test_help_names_options_that_exist() -> None:
+    known = {option for action in launcher._parser()._actions for option in action.option_strings}
+    named = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", launcher._OPTIONS))
+    assert named <= known | {"--help"} and len(named) > 15
+    ours = {"--simulate", "--schedule", "--seed", "--check", "--timeout"}
+    assert ours <= named

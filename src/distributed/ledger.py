@@ -54,9 +54,11 @@ class Record:
 class Ledger:
     """Records the collectives that this rank calls inside the ``with`` block, forward and backward.
 
-    with Ledger() as ledger:
-        model(ids).sum().backward()
-    assert ledger.count("all_reduce", phase="backward") == 2
+        with Ledger() as ledger:
+            model(ids).sum().backward()
+        assert ledger.count("all_reduce", phase="backward") == 2
+
+    Ledgers nest; each belongs to the rank that entered it.
     """
 
     def __init__(self) -> None:

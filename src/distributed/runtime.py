@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import socket
 import threading
 from datetime import timedelta
 
@@ -11,6 +13,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from ..sharding import check_rank
 from . import checked
 from .collectives import DOOR
 from .failure import long_wait, postpone_sigterm, set_timeout
@@ -19,6 +22,8 @@ from .lockstep import RankThread
 
 START = timedelta(minutes=5)
 GLOO_TIMEOUT = "8"  # with the roll call a stalled rank is named within 10 s
+NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+STARTERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun"}
 
 
 def init(
@@ -38,20 +43,62 @@ def init(
     queued); where some ranks work for longer while others wait, use ``long_wait``. With ``check`` (default: whether
     ISOSHARD_CHECK is 1) ranks compare every call before they make it.
 
-    Raises ValueError when WORLD_SIZE is above 1 and RANK is unset.
+    Raises ValueError when the environment describes several ranks, but not completely.
     """
-    if not dist.is_initialized():
-        if "RANK" in os.environ:
-            place = local_device(device)
-            if place.type == "cuda":
-                torch.cuda.set_device(place)
-            check = os.environ.get("ISOSHARD_CHECK") == "1" if check is None else check
-            _join(backend or ("nccl" if place.type == "cuda" else "gloo"), timeout, check)
-        elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError(
-                f"WORLD_SIZE={os.environ['WORLD_SIZE']} but RANK is not set; start the program with torchrun"
-            )
+    if not dist.is_initialized() and described():
+        place = local_device(device)
+        if place.type == "cuda":
+            torch.cuda.set_device(place)
+        check = os.environ.get("ISOSHARD_CHECK") == "1" if check is None else check
+        backend = backend or ("nccl" if place.type == "cuda" else "gloo")
+        _join(backend, timeout, check)
+        _log_place(backend, place, chosen=device is not None)
     return Group(num_shards=num_shards, reduce_order=reduce_order)
+
+
+def described() -> bool:
+    """Whether the environment describes this process as one of several ranks; False means a world of one.
+
+    Raises ValueError for a description with holes or numbers that make no sense, and where srun or mpirun started
+    several processes without one: each would take itself for a world of one.
+    """
+    if "RANK" in os.environ:
+        missing = [name for name in NEEDED if not os.environ.get(name)]
+        if missing:
+            raise ValueError(
+                f"RANK={os.environ['RANK']} is set, but not {', '.join(missing)}; start the program with torchrun, "
+                f"or set all of {', '.join(NEEDED)}, or unset RANK to run one process"
+            )
+        check_rank(_integer("RANK"), _integer("WORLD_SIZE"), "RANK")
+        return True
+    if "WORLD_SIZE" in os.environ and _integer("WORLD_SIZE") > 1:
+        raise ValueError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} but RANK is not set; start the program with torchrun")
+    for name, starter in STARTERS.items():
+        if name in os.environ and _integer(name) > 1:
+            raise ValueError(
+                f"{starter} started {os.environ[name]} tasks, but RANK is not set and each would run on its own; "
+                f"start torchrun in each task, or set {', '.join(NEEDED)} and LOCAL_RANK from its variables"
+            )
+    return False
+
+
+def _integer(name: str) -> int:
+    try:
+        return int(os.environ[name])
+    except ValueError:
+        raise ValueError(f"{name}={os.environ[name]!r} in the environment is no integer") from None
+
+
+def _log_place(backend: str, place: torch.device, *, chosen: bool) -> None:
+    # Looked up at each call: under `isoshard run --simulate` every rank has loggers of its own.
+    log, restarts = logging.getLogger("isoshard"), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    attempt = f", restart {restarts}" if restarts != "0" else ""
+    where = f"process {os.getpid()} of {socket.gethostname()}"
+    log.info("%d ranks over %s; this one on %s, %s%s", dist.get_world_size(), backend, place, where, attempt)
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus and place.type == "cpu" and not chosen and os.environ.get("LOCAL_RANK", "0") == "0":
+        ranks_here = os.environ.get("LOCAL_WORLD_SIZE", "1")
+        log.warning("%s ranks on this machine, which shows %d GPU(s): they use the CPU", ranks_here, gpus)
 
 
 def _join(backend: str, timeout: timedelta | None, check: bool) -> None:
