@@ -42,6 +42,8 @@ def convert(group: Group, options: argparse.Namespace) -> None:
     """Read the source and write the target, with a bar on rank 0."""
     import torch
 
+    from src.formats.slices import local_slices
+
     from .models import copy_companions, format_of, open_model, write_model
 
     quiet = group.rank > 0
@@ -56,7 +58,7 @@ def convert(group: Group, options: argparse.Namespace) -> None:
         write_model(options.target, model, options.to, group, bar.report, size)
     if group.rank == 0:
         copied = copy_companions(options.source, options.target)
-        parameters = sum(p.numel() for p in model.parameters()) * group.world_size
+        parameters = sum(torch.Size(item.shape).numel() for item in local_slices(model, group))
         print(
             f"{kind} -> {options.to}: {parameters:,} parameters in {time.perf_counter() - began:.1f} s"
             + (f"; with {', '.join(copied)}" if copied else "")

@@ -25,8 +25,8 @@ def generate(
     """Yield the next ids ``[b]`` after ``prompts``, ``max_new_tokens`` times or until every row has stopped.
 
     ``prompts`` is ``[b, s]``, or ids of unequal lengths, which are filled up at the start and continue as they would
-    alone. ``temperature`` 0 takes the likeliest token; otherwise tokens are drawn as ``Sampling`` says, with a generator
-    of ``seed``, alike on all ranks. A row that has yielded one of the ``stop`` ids goes on yielding it.
+    alone. ``temperature`` 0 takes the likeliest token; otherwise tokens are drawn as ``Sampling`` says, with a
+    generator of ``seed``, alike on all ranks. A row that has yielded one of the ``stop`` ids goes on yielding it.
 
     Raises ValueError for an empty prompt, for values out of range, and when prompt and new tokens exceed the model's
     ``max_seq_len``.

@@ -277,6 +277,7 @@ def test_models_that_a_format_cannot_hold(tmp_path: Path) -> None:
         ({"rope_pairing": "halves"}, "pair neighbours"),
         ({"head_dim": 16}, "head_dim=16"),
         ({"rope_scaling": RopeScaling("linear", 64, 2.0)}, "rope_type='linear'"),
+        ({"rope_scaling": RopeScaling("llama3", 64, 8.0, 32, 1.0, 4.0)}, "rope_type='llama3' with these settings"),
     ):
         with pytest.raises(ValueError, match=message):
             save_meta(tmp_path / "model", Transformer(replace(OURS, **changes)), group=group)

@@ -141,7 +141,8 @@ def _params(args: ModelArgs) -> dict[str, Any]:
         raise ValueError(f"Meta's format has no head_dim={args.head_dim} other than dim / n_heads")
     if scaling is not None and scaling.rope_type == "default":
         scaling = None
-    if scaling is not None and any(getattr(scaling, name) != value for name, value in SCALED_ROPE.items()):
+    only = SCALED_ROPE | {"original_max_position_embeddings": TRAINED_LENGTH}
+    if scaling is not None and any(getattr(scaling, name) != value for name, value in only.items()):
         raise ValueError(f"Meta's format has no rope_type={scaling.rope_type!r} with these settings")
     params = {name: getattr(args, name) for name in SIZES} | {"n_kv_heads": args.kv_heads}
     if args.ffn_dim not in (None, ffn_dim):
