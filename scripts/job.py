@@ -290,6 +290,7 @@ def restore(
 def describe(group: Group, options: Options, args: ModelArgs, corpus: Corpus, start: int, model: Transformer) -> None:
     """Say what is about to happen, and leave the settings beside the run."""
     options.out.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(corpus.path / "tokenizer.json", options.out / "tokenizer.json")
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
     (options.out / "config.json").write_text(json.dumps({"options": settings, "model": asdict(args)}, indent=1) + "\n")
     local = sum(parameter.numel() for parameter in model.parameters())

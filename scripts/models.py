@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
@@ -25,7 +26,8 @@ from src.modeling import ModelArgs, Transformer
 
 Format = Literal["hugging-face", "checkpoint", "meta"]
 MARKS: dict[str, Format] = {"isoshard.json": "checkpoint", "config.json": "hugging-face", "params.json": "meta"}
-COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+GENERATION = "generation_config.json"
+COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", GENERATION)
 """Files beside the weights that do not depend on their format."""
 
 Report = Callable[[str, int], None]
@@ -101,9 +103,18 @@ def companion(path: Path, name: str) -> Path | None:
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copy tokenizer and generation settings; the names of what was there."""
-    found = {name: companion(source, name) for name in COMPANIONS}
+    """Copy tokenizer and generation settings; the names of what is in ``target`` then.
+
+    Ends of text that only the source's ``config.json`` names get a ``generation_config.json``.
+    """
+    found = {name: file for name in COMPANIONS if (file := companion(source, name)) is not None}
     for name, file in found.items():
-        if file is not None:
-            shutil.copyfile(file, target / name)
-    return [name for name, file in found.items() if file is not None]
+        shutil.copyfile(file, target / name)
+    names, config = list(found), companion(source, "config.json")
+    if GENERATION not in found and config is not None:
+        settings = json.loads(config.read_text())
+        ends = {name: settings[name] for name in ("bos_token_id", "eos_token_id") if settings.get(name) is not None}
+        if ends:
+            (target / GENERATION).write_text(json.dumps(ends, indent=2) + "\n")
+            names.append(GENERATION)
+    return names

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -149,6 +150,20 @@ def test_convert_on_ranks(model: Path, tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("b/*.safetensors"))) == 1
     a, b = (transformers.LlamaForCausalLM.from_pretrained(p, local_files_only=True) for p in (model, tmp_path / "b"))
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_ends_of_text_survive(model: Path, tmp_path: Path) -> None:
+    """Of a config.json that names them; and an export names none that transformers would make up."""
+    config = json.loads((model / "config.json").read_text())
+    assert config["eos_token_id"] == 2
+    only_config = tmp_path / "source"
+    shutil.copytree(model, only_config)
+    (only_config / "generation_config.json").unlink()
+    convert.main([str(only_config), str(tmp_path / "a"), "--to", "checkpoint"])
+    convert.main([str(tmp_path / "a"), str(tmp_path / "b"), "--to", "hugging-face"])
+    transformers = pytest.importorskip("transformers")
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "b").eos_token_id == 2
+    assert json.loads((tmp_path / "b/config.json").read_text())["eos_token_id"] is None
 
 
 def test_convert_refuses_what_exists(model: Path, tmp_path: Path) -> None:

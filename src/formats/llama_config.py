@@ -69,7 +69,7 @@ def _scaling(rope: dict[str, Any], length: int) -> RopeScaling:
 def config_from_args(args: ModelArgs, dtype: torch.dtype) -> dict[str, Any]:
     """The ``config.json`` of a model, for transformers 5, with the rotary settings where transformers 4 looks, too.
 
-    Raises ValueError for dropout, which Hugging Face's Llama does not have where ours does.
+    Ends of text are the tokenizer's affair: they are written as None, lest transformers take its defaults.
     """
     rope = _rope_parameters(args)
     length = args.max_seq_len if args.rope_scaling is None else args.rope_scaling.max_position_embeddings
@@ -93,6 +93,8 @@ def config_from_args(args: ModelArgs, dtype: torch.dtype) -> dict[str, Any]:
         "rope_scaling": None if rope["rope_type"] == "default" else rope,
         "dtype": name,
         "torch_dtype": name,
+        "bos_token_id": None,
+        "eos_token_id": None,
     }
 
 
