@@ -6,7 +6,7 @@ The reference is one process with an unsharded model, torch's own clipping, and 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -21,7 +21,7 @@ from src import Group
 from src.distributed import all_reduce
 from src.modeling import ModelArgs, Transformer
 from src.testing import Ranks
-from src.training import batch_loss, clip_grad_norm_, train_step
+from src.training import batch_loss, train_step
 from src.verification import audit_gradients, unsharded_gradients, unsharded_weights
 
 ARGS = ModelArgs(
@@ -37,7 +37,7 @@ class Job:
 
     mode: str
     dp: int
-    args: ModelArgs = ARGS
+    args: ModelArgs = field(default_factory=lambda: ARGS)
     recompute: bool = False
     dtype: torch.dtype = torch.float64
 
