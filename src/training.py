@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .distributed.collectives import all_gather, all_reduce
 from .distributed.group import Group, group_or_single
 from .distributed.reduction import tree_sum
-from .modeling import Transformer, vocab_parallel_cross_entropy
+from .modeling import vocab_parallel_cross_entropy
 from .modeling.parameters import Placement, local_part, placements, sharding_groups, unwrapped
 
 Batch = tuple[Tensor, Tensor]
@@ -68,15 +68,14 @@ def batch_loss(
     return vocab_parallel_cross_entropy(logits, targets, group=group, vocab_size=args.vocab_size)
 
 
-def evaluate(
-    model: Transformer, batches: Iterable[Batch], *, group: Group, dtype: torch.dtype = torch.float32
-) -> float:
-    """Mean cross-entropy over ``batches`` of equal size, in nats per token.
+def evaluate(model: nn.Module, batches: Iterable[Batch], *, group: Group, dtype: torch.dtype = torch.float32) -> float:
+    """Mean cross-entropy over ``batches`` of equal size, in nats per token, by a Transformer with or without wrappers.
 
     Raises ValueError when there are no batches.
     """
-    with model.evaluating():
-        losses = [batch_loss(model, ids, targets, group=group, dtype=dtype).item() for ids, targets in batches]
+    inner: Any = unwrapped(model)
+    with inner.evaluating():
+        losses = [batch_loss(inner, ids, targets, group=group, dtype=dtype).item() for ids, targets in batches]
     if not losses:
         raise ValueError("evaluate: no batches were given")
     return sum(losses) / len(losses)
