@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.fsdp import fully_shard
@@ -20,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from src import Group
-from src.checkpoint import load, save
+from src.checkpoint import load, save, sharded_state_dict
 from src.distributed import all_reduce
 from src.modeling import ModelArgs, Transformer
 from src.modeling.parameters import placements
@@ -35,6 +36,14 @@ TIED = replace(ARGS, tie_embeddings=True, n_kv_heads=2)
 STEPS, MICRO_BATCHES, SEQUENCES, MAX_NORM, LR = 3, 2, 12, 0.5, 1e-2
 
 
+slow = pytest.mark.slow
+PLACES = [
+    (("gloo", 4), 2),
+    (("simulated", 6), 3),
+    *(pytest.param(("simulated", n), 2, marks=slow) for n in (4, 8, 2)),
+]
+
+
 @dataclass(frozen=True)
 class Job:
     """How the model is wrapped and trained."""
@@ -43,26 +52,34 @@ class Job:
     dp: int
     args: ModelArgs = field(default_factory=lambda: ARGS)
     recompute: bool = False
-    dtype: torch.dtype = torch.float64
+    sequence_parallel: bool = False
+    autocast: bool = False
 
+    def meshes(self, group: Group) -> tuple[Group, Group, Any]:
+        """The tensor-parallel and the data-parallel group of this rank, and the mesh for ``fully_shard``."""
+        shape = (self.dp, group.world_size // self.dp)
+        mesh = dist.init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp"))
+        if self.mode == "hsdp":
+            axes = ("copies", "shards", "tp")
+            hybrid = dist.init_device_mesh("cpu", (2, shape[0] // 2, shape[1]), mesh_dim_names=axes)
+            return Group(mesh["tp"]), Group(mesh["dp"]), hybrid["copies", "shards"]
+        return Group(mesh["tp"]), Group(mesh["dp"]), mesh["dp"]
 
-def mesh_of(group: Group, dp: int) -> Any:
-    return dist.init_device_mesh("cpu", (dp, group.world_size // dp), mesh_dim_names=("dp", "tp"))
+    def build(self, tp: Group, mesh: Any, seed: int = 42) -> nn.Module:
+        dtype = torch.float32 if self.autocast else torch.float64
+        model = Transformer(self.args, group=tp, seed=seed, dtype=dtype, sequence_parallel=self.sequence_parallel)
+        for layer in model.layers:
+            if self.recompute:
+                layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+            if self.mode in ("fsdp", "hsdp"):
+                fully_shard(layer, mesh=mesh)
+        if self.mode in ("fsdp", "hsdp"):
+            fully_shard(model, mesh=mesh)
+        return DistributedDataParallel(model, process_group=mesh.get_group()) if self.mode == "ddp" else model
 
-
-def build(job: Job, mesh: Any, tp: Group, seed: int = 42) -> nn.Module:
-    dtype = torch.float32 if job.dtype == torch.bfloat16 else job.dtype
-    model = Transformer(job.args, group=tp, seed=seed, dtype=dtype)
-    for layer in model.layers:
-        if job.recompute:
-            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-        if job.mode == "fsdp":
-            fully_shard(layer, mesh=mesh["dp"])
-    if job.mode == "fsdp":
-        fully_shard(model, mesh=mesh["dp"])
-    if job.mode == "ddp":
-        return DistributedDataParallel(model, process_group=mesh["dp"].get_group())
-    return model
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.autocast else torch.float32
 
 
 def batches(step: int, dp: int = 1, rank: int = 0) -> list[tuple[Tensor, Tensor]]:
@@ -79,15 +96,13 @@ def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def train(group: Group, job: Job) -> dict[str, Any]:
-    mesh = mesh_of(group, job.dp)
-    tp, dp = Group(mesh["tp"]), Group(mesh["dp"])
-    model = build(job, mesh, tp)
+    tp, dp, mesh = job.meshes(group)
+    model = job.build(tp, mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
     found: dict[str, Any] = {"first": copies(unsharded_weights(model, group=tp)), "losses": [], "norms": []}
-    dtype = torch.bfloat16 if job.dtype == torch.bfloat16 else torch.float32
     for step in range(STEPS):
         data = batches(step, dp.world_size, dp.rank)
-        result = train_step(model, optimizer, data, group=tp, max_norm=MAX_NORM, dtype=dtype)
+        result = train_step(model, optimizer, data, group=tp, max_norm=MAX_NORM, dtype=job.dtype)
         found["losses"].append((all_reduce(result.loss, group=dp) / dp.world_size).item())
         found["norms"].append(result.grad_norm.item())
         if step == 0:
@@ -98,14 +113,14 @@ def train(group: Group, job: Job) -> dict[str, Any]:
 
 def train_plain(job: Job, first: dict[str, Tensor]) -> dict[str, Any]:
     """One process, nothing sharded, the whole batch, torch's own clipping."""
-    dtype = torch.float32 if job.dtype == torch.bfloat16 else job.dtype
-    model = Transformer(job.args, dtype=dtype)
+    group = Group.single()
+    model = replace(job, mode="plain", recompute=False, sequence_parallel=False).build(group, None)
     model.load_state_dict(first, strict=not job.args.tie_embeddings)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
     found: dict[str, Any] = {"losses": [], "norms": []}
     for step in range(STEPS):
         optimizer.zero_grad()
-        loss = sum(batch_loss(model, *batch, group=Group.single()) for batch in batches(step)) / MICRO_BATCHES
+        loss = sum(batch_loss(model, *batch, group=group, dtype=job.dtype) for batch in batches(step)) / MICRO_BATCHES
         loss.backward()
         found["norms"].append(nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM).item())
         if step == 0:
@@ -115,25 +130,40 @@ def train_plain(job: Job, first: dict[str, Tensor]) -> dict[str, Any]:
     return found | {"last": dict(model.named_parameters())}
 
 
-def check(results: list[dict[str, Any]], job: Job, rtol: float = 1e-6) -> None:
+def check(results: list[dict[str, Any]], job: Job) -> None:
     want = train_plain(job, results[0]["first"])
     for got in results:
-        assert got["losses"] == pytest.approx(want["losses"], rel=rtol)
-        assert got["norms"] == pytest.approx(want["norms"], rel=rtol)
-        for kind in ("clipped", "last"):
-            torch.testing.assert_close(got[kind], want[kind], rtol=100 * rtol, atol=rtol)
+        assert got["losses"] == pytest.approx(want["losses"], rel=5e-3 if job.autocast else 1e-9)
+        assert got["norms"] == pytest.approx(want["norms"], rel=2e-2 if job.autocast else 1e-9)
+        tolerance = {"rtol": 0.0, "atol": 5e-3} if job.autocast else {"rtol": 1e-9, "atol": 1e-12}
+        torch.testing.assert_close(got["clipped"], want["clipped"], **tolerance)
+        if not job.autocast:  # AdamW divides by the gradient: where that is rounding alone, its sign decides
+            torch.testing.assert_close(got["last"], want["last"], rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("args", [ARGS, TIED], ids=["one kv head", "tied"])
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-@pytest.mark.parametrize(
-    "place, dp",
-    [(("simulated", 4), 2), (("simulated", 6), 3), (("simulated", 8), 2), (("simulated", 2), 2), (("gloo", 4), 2)],
-    ids=["2x2", "3x2 uneven", "2x4", "2x1", "2x2 gloo"],
-)
+@pytest.mark.parametrize("place, dp", PLACES, ids=["2x2 gloo", "3x2 uneven", "2x2", "2x4", "2x1"])
 def test_training_is_that_of_one_process(ranks: Ranks, place: Any, dp: int, mode: str, args: ModelArgs) -> None:
     job = Job(mode, dp, args)
     check(ranks.on(*place)(train, job), job)
+
+
+@pytest.mark.parametrize("place", [("simulated", 4), ("gloo", 4)], ids=["simulated", "gloo"])
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "options",
+    [{"recompute": True}, {"recompute": True, "sequence_parallel": True, "autocast": True}],
+    ids=["recompute", "recompute, sequence, autocast"],
+)
+def test_composed_with_the_rest(ranks: Ranks, place: Any, mode: str, options: dict[str, bool]) -> None:
+    job = Job(mode, 2, **options)
+    check(ranks.on(*place)(train, job), job)
+
+
+def test_hybrid_sharding(ranks: Ranks) -> None:
+    job = Job("hsdp", 4)
+    check(ranks.on("simulated", 8)(train, job), job)
 
 
 def everything(model: nn.Module, optimizer: torch.optim.Optimizer, tp: Group) -> dict[str, Tensor]:
@@ -156,9 +186,8 @@ def go_on(model: nn.Module, optimizer: torch.optim.Optimizer, tp: Group, dp: Gro
 
 
 def write(group: Group, job: Job, path: Path) -> tuple[dict[str, Tensor], list[float]]:
-    mesh = mesh_of(group, job.dp)
-    tp, dp = Group(mesh["tp"]), Group(mesh["dp"])
-    model = build(job, mesh, tp)
+    tp, dp, mesh = job.meshes(group)
+    model = job.build(tp, mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
     for step in range(STEPS):
         train_step(model, optimizer, batches(step, dp.world_size, dp.rank), group=tp, max_norm=MAX_NORM)
@@ -168,15 +197,14 @@ def write(group: Group, job: Job, path: Path) -> tuple[dict[str, Tensor], list[f
 
 
 def read(group: Group, job: Job, path: Path) -> tuple[dict[str, Tensor], list[float]]:
-    mesh = mesh_of(group, job.dp)
-    tp, dp = Group(mesh["tp"]), Group(mesh["dp"])
-    model = build(job, mesh, tp, seed=1)
+    tp, dp, mesh = job.meshes(group)
+    model = job.build(tp, mesh, seed=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
     assert load(path, model, optimizer, group=tp, world=group) == {"step": STEPS}
     return everything(model, optimizer, tp), go_on(model, optimizer, tp, dp)
 
 
-READERS = {
+MESHES = {
     "plain": (("simulated", 1), "plain", 1),
     "tp 4": (("simulated", 4), "plain", 1),
     "ddp 2x2": (("simulated", 4), "ddp", 2),
@@ -187,16 +215,68 @@ READERS = {
 
 
 @pytest.mark.parametrize("args", [ARGS, TIED], ids=["one kv head", "tied"])
-@pytest.mark.parametrize("writer", ["plain", "ddp 2x2", "fsdp 3x2", "fsdp 2x2 gloo"])
-def test_checkpoints_fit_every_mesh(ranks: Ranks, tmp_path: Path, writer: str, args: ModelArgs) -> None:
-    place, mode, dp = READERS[writer]
+@pytest.mark.parametrize(
+    "writer, readers",
+    [
+        ("fsdp 3x2", ["plain", "fsdp 2x2 gloo"]),
+        ("ddp 2x2", ["fsdp 3x2"]),
+        pytest.param("plain", list(MESHES), marks=slow),
+        pytest.param("ddp 2x2", list(MESHES), marks=slow),
+        pytest.param("fsdp 3x2", list(MESHES), marks=slow),
+        pytest.param("fsdp 2x2 gloo", list(MESHES), marks=slow),
+    ],
+)
+def test_checkpoints_fit_every_mesh(
+    ranks: Ranks, tmp_path: Path, writer: str, readers: list[str], args: ModelArgs
+) -> None:
+    place, mode, dp = MESHES[writer]
     (saved, losses), *others = ranks.on(*place)(write, Job(mode, dp, args), tmp_path / "c")
     metadata = FileSystemReader(tmp_path / "c").read_metadata()
     on_disk = sum(file.stat().st_size for file in (tmp_path / "c").glob("*.distcp"))
     assert on_disk == sum(piece.length for piece in metadata.storage_data.values())
-    for name, (reading, how, width) in READERS.items():
-        results = ranks.on(*reading)(read, Job(how, width, args), tmp_path / "c")
+    for name in readers:
+        place, mode, dp = MESHES[name]
+        results = ranks.on(*place)(read, Job(mode, dp, args), tmp_path / "c")
         for got, next_losses in [*results, *others]:
             assert got.keys() == saved.keys()
             assert [key for key in saved if not torch.equal(got[key], saved[key])] == [], name
-            assert next_losses == pytest.approx(losses, rel=1e-6)
+            assert next_losses == pytest.approx(losses, rel=1e-9)
+
+
+def test_simulated_and_real_ranks_write_the_same(ranks: Ranks, tmp_path: Path) -> None:
+    job, found = Job("plain", 1), {}
+    for backend in ("simulated", "gloo"):
+        saved = ranks.on(backend, 2)(write, job, tmp_path / backend)
+        metadata = FileSystemReader(tmp_path / backend).read_metadata()
+        found[backend] = saved, metadata.state_dict_metadata
+    assert found["simulated"][1] == found["gloo"][1]
+    for writer, reader in (("simulated", "gloo"), ("gloo", "simulated")):
+        for (want, losses), (got, next_losses) in zip(
+            found[writer][0], ranks.on(reader, 2)(read, job, tmp_path / writer), strict=True
+        ):
+            assert [key for key in want if not torch.equal(got[key], want[key])] == []
+            assert next_losses == losses
+
+
+def save_and_load_with_torch(group: Group, path: Path) -> None:
+    job = Job("fsdp", 2)
+    tp, _, mesh = job.meshes(group)
+    models = [job.build(tp, mesh, seed) for seed in (1, 2)]
+    dcp.save(sharded_state_dict(models[0], group=tp), checkpoint_id=path)
+    dcp.load(sharded_state_dict(models[1], group=tp), checkpoint_id=path)
+    first, second = (unsharded_weights(model, group=tp) for model in models)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("place", [("simulated", 4), ("gloo", 4)], ids=["simulated", "gloo"])
+def test_torch_reads_and_writes_the_state_dict(ranks: Ranks, tmp_path: Path, place: Any) -> None:
+    ranks.on(*place)(save_and_load_with_torch, tmp_path / "c")
+
+
+@pytest.mark.ranks(4)
+def test_a_job_with_more_ranks_must_be_named(group: Group, tmp_path: Path) -> None:
+    tp, _, mesh = Job("ddp", 2).meshes(group)
+    model = Job("ddp", 2).build(tp, mesh)
+    with pytest.raises(ValueError, match=r"group has world_size=2 of the 4 ranks of this job; pass world="):
+        save(tmp_path / "c", model, group=tp)
+    assert not list(tmp_path.iterdir())
