@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from src.training import Batch
 # Ranks draw the same weights by themselves, and buffers on the CPU could not be sent over NCCL.
 # torch 2.13 renamed the second option and warns at the old name.
 _NEW = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-_SEND_NOTHING = {"init_sync": False, "forward_sync_buffers" if _NEW else "broadcast_buffers": False}
+_SEND_NOTHING: dict[str, Any] = {"init_sync": False, "forward_sync_buffers" if _NEW else "broadcast_buffers": False}
 
 
 @dataclass(frozen=True)
