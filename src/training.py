@@ -94,17 +94,14 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, *, group: Group | None) -
     if not max_norm > 0:
         raise ValueError(f"max_norm={max_norm} must be positive; pass math.inf to measure without clipping")
     group = group_or_single(group)
-    counted: dict[tuple[ProcessGroup, ...], list[list[Tensor]]] = {}
+    cuts: dict[tuple[ProcessGroup, ...], list[Placement]] = {}
     for place in placements(model, group=group):
-        own = counted.setdefault(sharding_groups(place.parameter), [[] for _ in range(len(group.shards) + 1)])
-        for grads, piece in zip(own, _counted_once(place, group), strict=True):
-            if piece is not None:
-                grads.append(piece.contiguous())
-    device = next(model.parameters()).device
-    squares = sum(_sum_over(pgs, [_square_norm(grads, device) for grads in own]) for pgs, own in counted.items())
+        cuts.setdefault(sharding_groups(place.parameter), []).append(place)
+    squares = sum(_squares(places, pgs, group) for pgs, places in cuts.items())
     *sharded, replicated = torch.as_tensor(squares).unbind(0)
     norm = (tree_sum(all_gather(torch.stack(sharded), group=group).unbind(0)) + replicated).sqrt()
-    nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
+    for places in cuts.values():  # torch scales several tensors at once, but not of several kinds
+        nn.utils.clip_grads_with_norm_([place.parameter for place in places], max_norm, norm)
     return norm
 
 
@@ -116,18 +113,19 @@ def warmup_cosine(step: int, *, steps: int, warmup: int, peak: float, final: flo
     return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def _counted_once(place: Placement, group: Group) -> list[Tensor | None]:
-    """What this process counts of a gradient: for each of its logical shards, then as replicated."""
-    grad = place.parameter.grad
-    if grad is None:
-        return [None] * (len(group.shards) + 1)
-    if place.dim is None:
-        return [*[None] * len(group.shards), local_part(grad).tensor]
-    return [*place.counted(grad, group), None]
-
-
-def _sum_over(pgs: Iterable[ProcessGroup], terms: Sequence[Tensor]) -> Tensor:
-    total = torch.stack(list(terms))
+def _squares(places: Sequence[Placement], pgs: Iterable[ProcessGroup], group: Group) -> Tensor:
+    """Sums of squares of gradients that are cut over ``pgs``: of each logical shard of this rank, then replicated."""
+    counted: list[list[Tensor]] = [[] for _ in range(len(group.shards) + 1)]
+    for place in places:
+        grad = place.parameter.grad
+        if grad is not None and place.dim is None:
+            counted[-1].append(local_part(grad).tensor)
+        elif grad is not None:
+            for own, piece in zip(counted, place.counted(grad, group), strict=False):
+                if piece is not None:
+                    own.append(piece.contiguous())
+    device = places[0].parameter.device
+    total = torch.stack([_square_norm(grads, device) for grads in counted])
     for pg in pgs:
         total = all_reduce(total, group=Group(pg))
     return total

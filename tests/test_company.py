@@ -15,18 +15,19 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from src import Group
+from src import Group, Ledger
 from src.checkpoint import load, save, sharded_state_dict
 from src.distributed import all_reduce
 from src.modeling import ModelArgs, Transformer
 from src.modeling.parameters import placements
 from src.testing import Ranks
-from src.training import batch_loss, evaluate, train_step
+from src.training import batch_loss, clip_grad_norm_, evaluate, train_step
 from src.verification import audit_gradients, unsharded_gradients, unsharded_weights
 
 ARGS = ModelArgs(
@@ -54,6 +55,7 @@ class Job:
     recompute: bool = False
     sequence_parallel: bool = False
     autocast: bool = False
+    compiled: bool = False
 
     def meshes(self, group: Group) -> tuple[Group, Group, Any]:
         """The tensor-parallel and the data-parallel group of this rank, and the mesh for ``fully_shard``."""
@@ -71,6 +73,8 @@ class Job:
         for layer in model.layers:
             if self.recompute:
                 layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+            if self.compiled:
+                layer.compile(fullgraph=True, backend="aot_eager")
             if self.mode in ("fsdp", "hsdp"):
                 fully_shard(layer, mesh=mesh)
         if self.mode in ("fsdp", "hsdp"):
@@ -149,12 +153,17 @@ def test_training_is_that_of_one_process(ranks: Ranks, place: Any, dp: int, mode
     check(ranks.on(*place)(train, job), job)
 
 
-@pytest.mark.parametrize("place", [("simulated", 4), ("gloo", 4)], ids=["simulated", "gloo"])
+@pytest.mark.parametrize("place", [("gloo", 4), pytest.param(("simulated", 4), marks=slow)], ids=["gloo", "simulated"])
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 @pytest.mark.parametrize(
     "options",
-    [{"recompute": True}, {"recompute": True, "sequence_parallel": True, "autocast": True}],
-    ids=["recompute", "recompute, sequence, autocast"],
+    [
+        {"recompute": True},
+        {"recompute": True, "sequence_parallel": True, "autocast": True},
+        pytest.param({"compiled": True}, marks=slow),
+        pytest.param({"compiled": True, "recompute": True, "sequence_parallel": True}, marks=slow),
+    ],
+    ids=lambda options: " ".join(options),
 )
 def test_composed_with_the_rest(ranks: Ranks, place: Any, mode: str, options: dict[str, bool]) -> None:
     job = Job(mode, 2, **options)
@@ -162,8 +171,54 @@ def test_composed_with_the_rest(ranks: Ranks, place: Any, mode: str, options: di
 
 
 def test_hybrid_sharding(ranks: Ranks) -> None:
-    job = Job("hsdp", 4)
+    job = Job("hsdp", 4, TIED)
     check(ranks.on("simulated", 8)(train, job), job)
+
+
+@pytest.mark.ranks(4, gloo=())
+def test_clipping_sends_squares_alone(group: Group) -> None:
+    tp, dp, mesh = Job("fsdp", 2).meshes(group)
+    model = Job("fsdp", 2).build(tp, mesh)
+    batch_loss(model, *batches(0, 2, dp.rank)[0], group=tp).backward()
+    with Ledger() as ledger:
+        clip_grad_norm_(model, MAX_NORM, group=tp)
+    assert [(record.op, record.shape) for record in ledger.records] == [("all_reduce", (2,)), ("all_gather", (1,))]
+
+
+@pytest.mark.ranks(4)
+def test_clipping_where_a_part_is_left_to_itself(group: Group) -> None:
+    """Of two blocks FSDP2 has one; the gradients of the other are the same on all data-parallel ranks."""
+    tp, _, mesh = Job("plain", 2).meshes(group)
+    model = Job("plain", 2).build(tp, None)
+    twin = Job("plain", 2).build(tp, None)
+    fully_shard(model.layers[0], mesh=mesh)
+    ids, targets = batches(0)[0]
+    for each in (model, twin):
+        batch_loss(each, ids, targets, group=tp).backward()
+    norms = [clip_grad_norm_(each, MAX_NORM, group=tp) for each in (model, twin)]
+    torch.testing.assert_close(norms[0], norms[1], rtol=1e-9, atol=0)
+    got, want = (unsharded_gradients(each, group=tp) for each in (model, twin))
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.ranks(4)
+def test_gradients_wait_for_the_last_micro_batch(group: Group) -> None:
+    tp, dp, mesh = Job("ddp", 2).meshes(group)
+    model, sent, data = Job("ddp", 2).build(tp, mesh), [], batches(0, 2, dp.rank)
+
+    def send(state, bucket):  # torch compares annotations, and takes no strings
+        sent.append(bucket.index())
+        return default_hooks.allreduce_hook(dp.pg, bucket)
+
+    model.register_comm_hook(None, send)
+    train_step(model, torch.optim.SGD(model.parameters(), lr=0.1), data, group=tp)
+    assert len(data) == 2 and sent == [0]
+
+    model, there = Job("fsdp", 2).build(tp, mesh), []
+    slices = list(model.parameters())
+    model.register_forward_pre_hook(lambda *_: there.append(any(p.grad is not None for p in slices)))
+    train_step(model, torch.optim.SGD(slices, lr=0.1), data, group=tp)
+    assert there == [False, False] and all(p.grad is not None for p in slices)
 
 
 def everything(model: nn.Module, optimizer: torch.optim.Optimizer, tp: Group) -> dict[str, Tensor]:
@@ -214,7 +269,7 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("args", [ARGS, TIED], ids=["one kv head", "tied"])
+@pytest.mark.parametrize("args", [ARGS, pytest.param(TIED, marks=slow)], ids=["one kv head", "tied"])
 @pytest.mark.parametrize(
     "writer, readers",
     [

@@ -73,7 +73,10 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+QUICK = ("plain", "sequence parallel, 2 kv heads of 8 shards")
+
+
+@pytest.mark.parametrize("form", [pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f in FORMS])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_blocks_are_one_graph(ranks: Ranks, form: str, backend: str) -> None:
     settings, sequence_parallel, num_shards = FORMS[form]
