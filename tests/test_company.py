@@ -5,7 +5,6 @@ The reference is one process with an unsharded model, torch's own clipping, and 
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +44,12 @@ PLACES = [
 ]
 
 
+def recompute(layer: nn.Module) -> None:
+    """Activations inside ``layer`` are computed again in backward."""
+    forward = layer.forward
+    layer.forward = lambda *args: checkpoint(forward, *args, use_reentrant=False)
+
+
 @dataclass(frozen=True)
 class Job:
     """How the model is wrapped and trained."""
@@ -72,7 +77,7 @@ class Job:
         model = Transformer(self.args, group=tp, seed=seed, dtype=dtype, sequence_parallel=self.sequence_parallel)
         for layer in model.layers:
             if self.recompute:
-                layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+                recompute(layer)
             if self.compiled:
                 layer.compile(fullgraph=True, backend="aot_eager")
             if self.mode in ("fsdp", "hsdp"):
