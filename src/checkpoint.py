@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from .distributed import Group, barrier, long_wait
-from .modeling.parameters import Placement, local_part, placements, plain_name, sharding_groups, unwrapped
+from .modeling.parameters import Placement, local_part, placements, plain_name, unwrapped
 
 INFO = "isoshard.json"
 
@@ -52,15 +52,12 @@ class ShardView(torch.Tensor):
 
     @staticmethod
     def __new__(cls, tensor: Tensor, place: Placement, group: Group) -> ShardView:
-        part, sizes, offsets = local_part(tensor), list(tensor.shape), [0] * tensor.dim()
-        local = part.tensor
-        if place.dim is not None:
-            sizes[place.dim], offsets[place.dim] = place.size, place.offset(group)
-            local = part.within(place.dim, 0, place.size - offsets[place.dim])
+        part, dim, sizes, offsets = local_part(tensor), place.dim or 0, list(tensor.shape), [0] * tensor.dim()
+        sizes[dim], offsets[dim] = place.size, place.offset(group)
         view: ShardView = torch.Tensor._make_wrapper_subclass(
-            cls, torch.Size(sizes), dtype=tensor.dtype, device=local.device
+            cls, torch.Size(sizes), dtype=tensor.dtype, device=part.tensor.device
         )
-        view._local = local
+        view._local = part.within(dim, 0, place.size - offsets[dim])
         view._offsets = torch.Size(outer + inner for outer, inner in zip(offsets, part.offsets, strict=True))
         return view
 
@@ -93,8 +90,8 @@ def sharded_state_dict(
     """Names to this rank's slices (``ShardView``) and replicated tensors: what ``dcp.save`` and ``dcp.load`` take.
 
     Parameters and persistent buffers appear as ``model.<name>``, tied ones once; optimizer state as
-    ``optimizer.<name>.<key>``. The names are those of the model without wrappers. Parameters of ``fully_shard`` give
-    slices of slices.
+    ``optimizer.<name>.<key>``. The names are those of the model without wrappers. Where ``fully_shard`` has cut the
+    model, slices are cut once more, and what is replicated is a DTensor.
     """
     model = unwrapped(model)
     kept = model.state_dict().keys()
@@ -236,8 +233,7 @@ def _file_work(group: Group) -> Iterator[None]:
 
 def _view(value: Any, place: Placement, group: Group) -> Any:
     """Whatever has the parameter's shape is sharded like it; scalars (a step count) are replicated."""
-    cut = place.dim is not None or sharding_groups(place.parameter)
-    if not cut or not isinstance(value, Tensor) or value.dim() == 0:
+    if place.dim is None or not isinstance(value, Tensor) or value.dim() == 0:
         return value
     if value.shape != place.parameter.shape:
         raise ValueError(

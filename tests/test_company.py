@@ -5,6 +5,10 @@ The reference is one process with an unsharded model, torch's own clipping, and 
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -184,7 +188,9 @@ def test_hybrid_sharding(ranks: Ranks) -> None:
 def test_clipping_sends_squares_alone(group: Group) -> None:
     tp, dp, mesh = Job("fsdp", 2).meshes(group)
     model = Job("fsdp", 2).build(tp, mesh)
-    batch_loss(model, *batches(0, 2, dp.rank)[0], group=tp).backward()
+    data = batches(0, 2, dp.rank)
+    batch_loss(model, *data[0], group=tp).backward()
+    evaluate(model, data, group=tp)  # leaves the outermost parameters whole, without their gradients
     with Ledger() as ledger:
         clip_grad_norm_(model, MAX_NORM, group=tp)
     assert [(record.op, record.shape) for record in ledger.records] == [("all_reduce", (2,)), ("all_gather", (1,))]
@@ -251,7 +257,7 @@ def write(group: Group, job: Job, path: Path) -> tuple[dict[str, Tensor], list[f
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
     for step in range(STEPS):
         train_step(model, optimizer, batches(step, dp.world_size, dp.rank), group=tp, max_norm=MAX_NORM)
-    evaluate(model, batches(0), group=tp)  # leaves the outermost parameters of FSDP2 whole
+    evaluate(model, batches(0), group=tp)
     save(path, model, optimizer, {"step": STEPS}, group=tp, world=group)
     return everything(model, optimizer, tp), go_on(model, optimizer, tp, dp)
 
@@ -340,3 +346,21 @@ def test_a_job_with_more_ranks_must_be_named(group: Group, tmp_path: Path) -> No
     with pytest.raises(ValueError, match=r"group has world_size=2 of the 4 ranks of this job; pass world="):
         save(tmp_path / "c", model, group=tp)
     assert not list(tmp_path.iterdir())
+
+
+@slow
+@pytest.mark.parametrize("mode", ["plain", "ddp", "fsdp"])
+def test_the_program_of_the_page(tmp_path: Path, mode: str) -> None:
+    root = Path(__file__).resolve().parents[1]
+    (tmp_path / "isoshard").symlink_to(root / "src", target_is_directory=True)
+    program, printed = re.findall(r"```(?:python)?\n(.*?)```", (root / "docs/parallelisms.md").read_text(), re.DOTALL)[
+        :2
+    ]
+    (tmp_path / "company.py").write_text(program)
+    for mesh in (["4", mode, "2", "0", "3"], ["2", "ddp", "2", "3", "5"]):
+        size, *arguments = ["2", mode, "1", "0", "3"] if mesh[1] == "plain" else mesh
+        command = [sys.executable, "-m", "isoshard", "run", "--simulate", size, "company.py", *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=120)
+        shown = done.stdout.replace("[rank0]: ", "")
+        assert shown.count("step") == int(arguments[3]) - int(arguments[2]) and shown in printed, done.stderr

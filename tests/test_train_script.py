@@ -10,8 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from scripts.mesh import Mesh
 from scripts.train import main
+from src import Group
+from src.distributed import long_wait
+from src.distributed.failure import _timeout_of
+from src.testing import Ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = [
@@ -163,3 +169,13 @@ def test_data_parallel_sizes_that_do_not_fit(arguments: list[str], capsys: pytes
     with pytest.raises(SystemExit):
         main([*arguments, "--simulate", "4", "--dp", "2", "--num-shards", "4"])
     assert "a sum over --dp 2 changes" in capsys.readouterr().err
+
+
+def timeouts(group: Group) -> list[float]:
+    with long_wait(group, 77):
+        mesh = Mesh.arrange(group, 2, 4, torch.device("cpu"))
+    return [_timeout_of(each.pg).total_seconds() for each in (mesh.tp, mesh.dp)]
+
+
+def test_groups_of_the_mesh_wait_as_long_as_all_ranks(ranks: Ranks) -> None:
+    assert ranks.on("gloo", 4)(timeouts) == [[77, 77]] * 4
