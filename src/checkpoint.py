@@ -94,7 +94,7 @@ def sharded_state_dict(
     model, slices are cut once more, and what is replicated is a DTensor.
     """
     model = unwrapped(model)
-    kept = model.state_dict().keys()
+    kept = {plain_name(name) for name in model.state_dict()}
     buffers = {plain_name(name): buffer for name, buffer in model.named_buffers()}
     state: dict[str, Any] = {f"model.{name}": buffer for name, buffer in buffers.items() if name in kept}
     for place in placements(model, group=group):

@@ -5,6 +5,7 @@ The reference is one process with an unsharded model, torch's own clipping, and 
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -190,9 +191,10 @@ def test_clipping_sends_squares_alone(group: Group) -> None:
     model = Job("fsdp", 2).build(tp, mesh)
     data = batches(0, 2, dp.rank)
     batch_loss(model, *data[0], group=tp).backward()
+    want = clip_grad_norm_(model, math.inf, group=tp)
     evaluate(model, data, group=tp)  # leaves the outermost parameters whole, without their gradients
     with Ledger() as ledger:
-        clip_grad_norm_(model, MAX_NORM, group=tp)
+        assert torch.equal(clip_grad_norm_(model, MAX_NORM, group=tp), want)
     assert [(record.op, record.shape) for record in ledger.records] == [("all_reduce", (2,)), ("all_gather", (1,))]
 
 
