@@ -155,7 +155,7 @@ def check(results: list[dict[str, Any]], job: Job) -> None:
             torch.testing.assert_close(got["last"], want["last"], rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("args", [ARGS, TIED], ids=["one kv head", "tied"])
+@pytest.mark.parametrize("args", [ARGS, pytest.param(TIED, marks=slow)], ids=["one kv head", "tied"])
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 @pytest.mark.parametrize("place, dp", PLACES, ids=["2x2 gloo", "3x2 uneven", "2x2", "2x4", "2x1"])
 def test_training_is_that_of_one_process(ranks: Ranks, place: Any, dp: int, mode: str, args: ModelArgs) -> None:
@@ -168,7 +168,7 @@ def test_training_is_that_of_one_process(ranks: Ranks, place: Any, dp: int, mode
 @pytest.mark.parametrize(
     "options",
     [
-        {"recompute": True},
+        pytest.param({"recompute": True}, marks=slow),
         {"recompute": True, "sequence_parallel": True, "autocast": True},
         pytest.param({"compiled": True}, marks=slow),
         pytest.param({"compiled": True, "recompute": True, "sequence_parallel": True}, marks=slow),

@@ -136,7 +136,7 @@ def test_a_prompt_longer_than_the_model_sees(arguments: list[str], capsys: pytes
     assert "sample, 23 tokens after the prompt" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize("mode", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
 def test_data_parallel_ranks_share_the_batch(tmp_path: Path, arguments: list[str], mode: str) -> None:
     more = ["--steps", "8", "--warmup", "2", "--accumulate", "2", "--kv-heads", "1"]
     main([*arguments, *more, "--simulate", "2", "--out", str(tmp_path / "whole")])
