@@ -13,17 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from src import Group
 from src.checkpoint import load, read_info, save
 from src.distributed import barrier, local_device, long_wait
 from src.generation import generate
 from src.modeling import ModelArgs, Transformer
+from src.modeling.parameters import local_part
 from src.training import Batch, evaluate, train_step, warmup_cosine
 from src.verification import check_agreement, check_promise, digest, each_unsharded_weight
 
 from .corpus import Corpus, prepare
 from .logs import logger
+from .mesh import Mesh
 from .options import Options
 from .report import MetricsLog, ProgressBar, draw_curve, require_extras
 
@@ -63,40 +66,43 @@ def fix_bits(group: Group, options: Options, device: torch.device) -> None:
         check_promise(group, device)
 
 
-def train(group: Group, options: Options) -> Outcome:
+def train(world: Group, options: Options) -> Outcome:
     """Train, validate, save, draw and sample; rank 0 speaks for all."""
     require_extras()
     device = local_device(options.device)
-    fix_bits(group, options, device)
-    corpus = open_corpus(group, options)
+    fix_bits(world, options, device)
+    mesh = Mesh.arrange(world, options.dp, options.batch_size, device)
+    corpus = open_corpus(world, options)
     args = model_args(corpus, options)
     model = Transformer(
-        args, group=group, sequence_parallel=options.sequence_parallel, seed=options.seed, device=device
+        args, group=mesh.tp, sequence_parallel=options.sequence_parallel, seed=options.seed, device=device
     )
+    wrapped = mesh.wrap(model, options.dp_mode)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=options.weight_decay
     )
     checkpoints = options.out / "checkpoints"
-    history = restore(checkpoints, model, optimizer, corpus, group, options)
+    history = restore(checkpoints, model, optimizer, corpus, mesh, options)
     start = history.step
-    run = _Run(group, options, corpus, model, optimizer, device, history)
+    run = _Run(mesh, options, corpus, model, wrapped, optimizer, device, history)
     with ExitStack() as stack:
         log = None
-        if group.rank == 0:
-            describe(group, options, args, corpus, start, model)
+        if world.rank == 0:
+            describe(mesh, options, args, corpus, start, model)
             log = stack.enter_context(MetricsLog(options.out / "metrics.jsonl", start if options.resume else None))
         bar = stack.enter_context(
-            ProgressBar(options.steps, run.tokens_per_step, start_step=start, enabled=group.rank == 0)
+            ProgressBar(options.steps, run.tokens_per_step, start_step=start, enabled=world.rank == 0)
         )
         outcome = run.loop(log, bar)
-    with long_wait(group, ALONE):
-        if group.rank == 0:
+    with long_wait(world, ALONE):
+        if world.rank == 0:
             draw_curve(options.out / "metrics.jsonl", options.out / "loss.png")
             print(f"{outcome}\ncurve {options.out / 'loss.png'}, checkpoints in {checkpoints}")
-        run.sample()
+        barrier(world)
+    run.sample()
     if options.num_shards is not None:
-        result = digest(chain([("losses", run.history.losses_tensor())], each_unsharded_weight(model, group=group)))
-        if group.rank == 0:
+        result = digest(chain([("losses", run.history.losses_tensor())], each_unsharded_weight(model, group=world)))
+        if world.rank == 0:
             print(f"digest {result} threads {torch.get_num_threads()}", flush=True)
     return outcome
 
@@ -119,16 +125,17 @@ class _Run:
 
     def __init__(
         self,
-        group: Group,
+        mesh: Mesh,
         options: Options,
         corpus: Corpus,
         model: Transformer,
+        wrapped: nn.Module,
         optimizer: torch.optim.Optimizer,
         device: torch.device,
         history: History,
     ) -> None:
-        self.group, self.options, self.corpus, self.history = group, options, corpus, history
-        self.model, self.optimizer, self.device = model, optimizer, device
+        self.mesh, self.options, self.corpus, self.history = mesh, options, corpus, history
+        self.model, self.wrapped, self.optimizer, self.device = model, wrapped, optimizer, device
         self.dtype = getattr(torch, options.dtype)
         self.tokens_per_step = options.batch_size * options.accumulate * options.seq_len
         batches = corpus.validation_batches(options.batch_size, options.seq_len, options.eval_batches)
@@ -162,7 +169,7 @@ class _Run:
         ids = torch.tensor([tokenizer.encode(options.prompt).ids[count - options.seq_len :]], device=self.device)
         tokens = generate(self.model, ids, count, temperature=options.temperature, seed=options.seed)
         text = tokenizer.decode([*ids[0].tolist(), *(int(token) for token in tokens)])
-        if self.group.rank == 0:
+        if self.mesh.world.rank == 0:
             print(f"\n--- sample, {count} tokens after the prompt ---\n{text}\n---")
 
     def _step(self, step: int, log: MetricsLog | None) -> float:
@@ -170,18 +177,14 @@ class _Run:
         rate = warmup_cosine(step, steps=options.steps, warmup=options.warmup, peak=options.lr)
         for settings in self.optimizer.param_groups:
             settings["lr"] = rate
-        batches = [
-            self._place(
-                self.corpus.training_batch(
-                    step * options.accumulate + i, options.batch_size, options.seq_len, options.seed
-                )
-            )
-            for i in range(options.accumulate)
-        ]
+        sizes = (options.batch_size, options.seq_len, options.seed)
+        numbers = range(step * options.accumulate, (step + 1) * options.accumulate)
+        whole = (self.corpus.training_batch(number, *sizes) for number in numbers)
+        batches = [self._place(self.mesh.share(batch)) for batch in whole]
         result = train_step(
-            self.model, self.optimizer, batches, group=self.group, max_norm=options.clip, dtype=self.dtype
+            self.wrapped, self.optimizer, batches, group=self.mesh.tp, max_norm=options.clip, dtype=self.dtype
         )
-        loss = result.loss.item()
+        loss = self.mesh.mean(result.loss).item()
         if log is not None and not math.isfinite(loss):
             logger().warning("step %d: the loss is %s", step + 1, loss)
         if log is not None:
@@ -189,7 +192,7 @@ class _Run:
         return loss
 
     def _validate(self, step: int, log: MetricsLog | None) -> float:
-        loss = evaluate(self.model, self.validation, group=self.group, dtype=self.dtype)
+        loss = evaluate(self.model, self.validation, group=self.mesh.tp, dtype=self.dtype)
         if log is not None:
             log.write(step, "validation", loss=loss, bits_per_byte=loss / math.log(2) / self.corpus.bytes_per_token)
         return loss
@@ -197,10 +200,10 @@ class _Run:
     def _save(self) -> None:
         folder = self.options.out / "checkpoints"
         info = {"history": asdict(self.history), "run": run_settings(self.model.args, self.corpus, self.options)}
-        path, began = folder / f"step-{self.history.step:06d}", time.perf_counter()
-        save(path, self.model, self.optimizer, info, group=self.group)
+        path, mesh, began = folder / f"step-{self.history.step:06d}", self.mesh, time.perf_counter()
+        save(path, self.model, self.optimizer, info, group=mesh.tp, world=mesh.world)
         logger().info("saved %s in %.1f s", path, time.perf_counter() - began)
-        if self.group.rank == 0:
+        if mesh.world.rank == 0:
             for old in saved_steps(folder)[:-KEPT_CHECKPOINTS]:
                 shutil.rmtree(old)
 
@@ -260,7 +263,7 @@ def restore(
     model: Transformer,
     optimizer: torch.optim.Optimizer,
     corpus: Corpus,
-    group: Group,
+    mesh: Mesh,
     options: Options,
 ) -> History:
     """What the run has done so far, with model and optimizer as they were then.
@@ -282,23 +285,24 @@ def restore(
                 f"{found[-1]} is of another run: its {name} is {info['run'].get(name)!r}, here it is {value!r}; "
                 "resume with the same settings, or choose another --out"
             )
-    history = History(**load(found[-1], model, optimizer, group=group)["history"])
+    history = History(**load(found[-1], model, optimizer, group=mesh.tp, world=mesh.world)["history"])
     logger().info("loaded %s, step %d of %d", found[-1], history.step, options.steps)
     return history
 
 
-def describe(group: Group, options: Options, args: ModelArgs, corpus: Corpus, start: int, model: Transformer) -> None:
+def describe(mesh: Mesh, options: Options, args: ModelArgs, corpus: Corpus, start: int, model: Transformer) -> None:
     """Say what is about to happen, and leave the settings beside the run."""
     options.out.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(corpus.path / "tokenizer.json", options.out / "tokenizer.json")
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
     (options.out / "config.json").write_text(json.dumps({"options": settings, "model": asdict(args)}, indent=1) + "\n")
-    local = sum(parameter.numel() for parameter in model.parameters())
+    local = sum(local_part(parameter).tensor.numel() for parameter in model.parameters())
+    copies = f", {options.dp_mode} over {options.dp}" if options.dp > 1 else ""
     begin = f", continuing from step {start}" if start else ""
     print(
         f"{len(corpus.train):,} training tokens, vocabulary {corpus.vocab_size}, "
         f"{corpus.bytes_per_token:.2f} bytes per token\n"
-        f"{args.n_layers} layers, width {args.dim}, tensor parallel over {group.world_size} rank(s): "
+        f"{args.n_layers} layers, width {args.dim}, tensor parallel over {mesh.tp.world_size} rank(s){copies}: "
         f"{local:,} parameters on each{begin}",
         flush=True,
     )

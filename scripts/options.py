@@ -47,6 +47,8 @@ class Options:
     temperature: float
     simulate: int | None
     num_shards: int | None
+    dp: int
+    dp_mode: str
     sequence_parallel: bool
     threads: int | None
     device: str | None
@@ -102,6 +104,8 @@ def parse_options(description: str | None, argv: Sequence[str] | None = None) ->
     ranks = parser.add_argument_group("ranks")
     ranks.add_argument("--simulate", type=int, default=None, metavar="N", help="run N ranks in this process")
     ranks.add_argument("--num-shards", type=int, default=None, metavar="V", help=SHARDS_HELP)
+    ranks.add_argument("--dp", type=int, default=1, metavar="N", help="data-parallel groups of ranks (%(default)s)")
+    ranks.add_argument("--dp-mode", choices=["ddp", "fsdp"], default="ddp", help="whole copies or slices (%(default)s)")
     ranks.add_argument("--sequence-parallel", action="store_true", help="cut activations along the sequence, too")
     ranks.add_argument("--threads", type=int, default=None, help="intra-op threads of each rank (1 with --num-shards)")
     ranks.add_argument("--device", default=None, help="cpu or cuda (cuda where there is one)")
@@ -113,7 +117,17 @@ def parse_options(description: str | None, argv: Sequence[str] | None = None) ->
     )
 
     arguments = parser.parse_args(argv)
-    for name in ("steps", "eval_every", "eval_batches", "save_every", "layers", "seq_len", "batch_size", "accumulate"):
+    for name in (
+        "steps",
+        "eval_every",
+        "eval_batches",
+        "save_every",
+        "layers",
+        "seq_len",
+        "batch_size",
+        "accumulate",
+        "dp",
+    ):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(arguments, name)}")
     for name in ("lr", "clip", "threads", "num_shards", "simulate", "timeout"):
@@ -123,6 +137,10 @@ def parse_options(description: str | None, argv: Sequence[str] | None = None) ->
     for name in ("seed", "warmup", "temperature", "new_tokens"):
         if getattr(arguments, name) < 0:
             parser.error(f"--{name.replace('_', '-')} must not be negative, not {getattr(arguments, name)}")
+    if arguments.dp > 1 and arguments.num_shards is not None:
+        parser.error(
+            f"--num-shards fixes the bits, which a sum over --dp {arguments.dp} changes; leave one of them out"
+        )
     if not arguments.prompt:
         parser.error("--prompt must not be empty")
     return Options(**vars(arguments))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -32,7 +33,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from .distributed import Group, barrier, long_wait
-from .modeling.parameters import Placement, placements
+from .modeling.parameters import Placement, local_part, placements, plain_name, unwrapped
 
 INFO = "isoshard.json"
 
@@ -41,7 +42,7 @@ PATIENCE = 3600.0
 
 
 class ShardView(torch.Tensor):
-    """A sharded tensor as ``torch.distributed.checkpoint`` asks for it: whole in size, holding this rank's slice.
+    """A sharded tensor as ``torch.distributed.checkpoint`` asks for it: whole in size, holding this process's slice.
 
     Shares the slice's storage, so that loading fills it in place. It can be saved and loaded, not computed with.
     """
@@ -50,12 +51,14 @@ class ShardView(torch.Tensor):
     _offsets: torch.Size
 
     @staticmethod
-    def __new__(cls, local: Tensor, place: Placement, group: Group) -> ShardView:
-        dim, offset = place.dim, place.offset(group)
-        size = torch.Size(place.size if d == dim else n for d, n in enumerate(local.shape))
-        view: ShardView = torch.Tensor._make_wrapper_subclass(cls, size, dtype=local.dtype, device=local.device)
-        view._local = local.narrow(dim or 0, 0, min(max(place.size - offset, 0), local.shape[dim or 0]))
-        view._offsets = torch.Size(offset if d == dim else 0 for d in range(local.dim()))
+    def __new__(cls, tensor: Tensor, place: Placement, group: Group) -> ShardView:
+        part, dim, sizes, offsets = local_part(tensor), place.dim or 0, list(tensor.shape), [0] * tensor.dim()
+        sizes[dim], offsets[dim] = place.size, place.offset(group)
+        view: ShardView = torch.Tensor._make_wrapper_subclass(
+            cls, torch.Size(sizes), dtype=tensor.dtype, device=part.tensor.device
+        )
+        view._local = part.within(dim, 0, place.size - offsets[dim])
+        view._offsets = torch.Size(outer + inner for outer, inner in zip(offsets, part.offsets, strict=True))
         return view
 
     @classmethod
@@ -87,10 +90,13 @@ def sharded_state_dict(
     """Names to this rank's slices (``ShardView``) and replicated tensors: what ``dcp.save`` and ``dcp.load`` take.
 
     Parameters and persistent buffers appear as ``model.<name>``, tied ones once; optimizer state as
-    ``optimizer.<name>.<key>``.
+    ``optimizer.<name>.<key>``. The names are those of the model without wrappers. Where ``fully_shard`` has cut the
+    model, slices are cut once more, and what is replicated is a DTensor.
     """
-    kept = model.state_dict().keys()
-    state: dict[str, Any] = {f"model.{name}": buffer for name, buffer in model.named_buffers() if name in kept}
+    model = unwrapped(model)
+    kept = {plain_name(name) for name in model.state_dict()}
+    buffers = {plain_name(name): buffer for name, buffer in model.named_buffers()}
+    state: dict[str, Any] = {f"model.{name}": buffer for name, buffer in buffers.items() if name in kept}
     for place in placements(model, group=group):
         state[f"model.{place.name}"] = _view(place.parameter.detach(), place, group)
         for key, value in (optimizer.state.get(place.parameter, {}) if optimizer else {}).items():
@@ -105,22 +111,27 @@ def save(
     info: dict[str, Any] | None = None,
     *,
     group: Group,
+    world: Group | None = None,
 ) -> None:
     """Write a checkpoint directory ``path``, replacing an older one; ``info`` is data of the program's own, for JSON.
 
     Everything is written into a directory beside it, which takes the name when all ranks have finished: a checkpoint
-    that can be seen is whole. Called by all ranks.
+    that can be seen is whole. ``group`` is the tensor-parallel group of the model, ``world`` all ranks that hold the
+    model or parts of it (default: ``group``); what several of them hold alike is written once. Called by all of them.
+
+    Raises ValueError when the job has more ranks than ``group`` and ``world`` is not given.
     """
     path = Path(path)
     building, old = path.with_name(path.name + ".building"), path.with_name(path.name + ".old")
-    if group.rank == 0:
+    world = _everyone(group) if world is None else world
+    if world.rank == 0:
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
-    with _file_work(group):
-        barrier(group)
+    with _file_work(world):
+        barrier(world)
         state = sharded_state_dict(model, optimizer, group=group)
-        dcp_save(state, storage_writer=FileSystemWriter(building), **_where(group))
-        if group.rank == 0:
+        dcp_save(state, storage_writer=FileSystemWriter(building), **_where(world))
+        if world.rank == 0:
             sizes = {file.name: file.stat().st_size for file in sorted(building.iterdir())}
             record = {"info": info or {}, "optimizer": optimizer is not None, "files": sizes}
             (building / INFO).write_text(json.dumps(record, indent=1))
@@ -129,7 +140,18 @@ def save(
                 path.rename(old)
             building.rename(path)
             shutil.rmtree(old, ignore_errors=True)
-        barrier(group)
+        barrier(world)
+
+
+def _everyone(group: Group) -> Group:
+    """``group``, unless other ranks may hold the model too: two writers would spoil each other's files."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    if ranks > group.world_size:
+        raise ValueError(
+            f"group has world_size={group.world_size} of the {ranks} ranks of this job; pass world=, the Group of all "
+            "ranks that hold the model, or world=group if no others do"
+        )
+    return group
 
 
 def read_info(path: str | Path) -> dict[str, Any]:
@@ -162,13 +184,21 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 def load(
-    path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, group: Group
+    path: str | Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    group: Group,
+    world: Group | None = None,
 ) -> dict[str, Any]:
     """Fill ``model`` and ``optimizer`` in place from the checkpoint at ``path``; return its ``info``.
 
-    The checkpoint may come from any world size. Called by all ranks. Raises ValueError when it is missing, incomplete,
-    without optimizer state where that is asked for, or of another model; then nothing has been changed. Files are known
-    by their sizes: ValueError, too, where torch finds one unreadable; a changed byte inside a tensor is not found.
+    The checkpoint may come from any number of ranks, tensor-parallel and data-parallel. Called by all ranks of
+    ``world``, which is as for ``save``: an error is raised on all of them.
+
+    Raises ValueError when the checkpoint is missing, incomplete, without optimizer state where that is asked for, or of
+    another model; then nothing has been changed. Files are known by their sizes: ValueError, too, where torch finds one
+    unreadable; a changed byte inside a tensor is not found.
     """
     path = _find(path)
     record = _read_record(path)
@@ -181,8 +211,8 @@ def load(
         if optimizer is not None:
             _allocate_state(model, optimizer, metadata, group)
         state = sharded_state_dict(model, optimizer, group=group)
-        with _file_work(group):
-            dcp_load(state, storage_reader=reader, **_where(group))
+        with _file_work(world or group):
+            dcp_load(state, storage_reader=reader, **_where(world or group))
     except (CheckpointException, pickle.UnpicklingError, EOFError) as error:
         raise ValueError(f"checkpoint {path} is damaged: {str(error).splitlines()[-1]}") from error
     info: dict[str, Any] = record["info"]
@@ -237,7 +267,6 @@ def _allocate_state(model: nn.Module, optimizer: torch.optim.Optimizer, metadata
             if not name.startswith(prefix) or not isinstance(entry, TensorStorageMetadata):
                 continue
             like_parameter = isinstance(whole, TensorStorageMetadata) and entry.size == whole.size and entry.size
-            shape = place.parameter.shape if like_parameter else entry.size
-            device = place.parameter.device if like_parameter else "cpu"
-            value = torch.zeros(shape, dtype=entry.properties.dtype, device=device)
+            like = place.parameter.detach() if like_parameter else torch.empty(entry.size)
+            value = torch.zeros_like(like, dtype=entry.properties.dtype)
             optimizer.state[place.parameter][name.removeprefix(prefix)] = value

@@ -6,15 +6,19 @@ import math
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
-from .distributed.collectives import all_gather
+from .distributed.collectives import all_gather, all_reduce
 from .distributed.group import Group, group_or_single
 from .distributed.reduction import tree_sum
-from .modeling import Transformer, vocab_parallel_cross_entropy
-from .modeling.parameters import placements
+from .modeling import vocab_parallel_cross_entropy
+from .modeling.parameters import Placement, local_part, placements, sharding_groups, unwrapped
 
 Batch = tuple[Tensor, Tensor]
 
@@ -28,7 +32,7 @@ class StepResult:
 
 
 def train_step(
-    model: Transformer,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Sequence[Batch],
     *,
@@ -38,13 +42,16 @@ def train_step(
 ) -> StepResult:
     """One optimizer step over ``batches`` of ``(ids, targets) [b, s]``, whose gradients are averaged.
 
-    With ``dtype`` bfloat16, matrix products run in bfloat16 (autocast) on float32 parameters.
+    ``model`` is a Transformer, bare, in DistributedDataParallel or sharded by ``fully_shard``; then gradients are
+    averaged over the data-parallel ranks too, with the last batch, and the loss is that of this rank's batches. With
+    ``dtype`` bfloat16, matrix products run in bfloat16 (autocast) on float32 parameters.
     """
     optimizer.zero_grad(set_to_none=True)
     losses = []
-    for ids, targets in batches:
-        loss = batch_loss(model, ids, targets, group=group, dtype=dtype) / len(batches)
-        loss.backward()
+    for left, (ids, targets) in zip(reversed(range(len(batches))), batches, strict=True):
+        with _exchange_gradients(model, left == 0):
+            loss = batch_loss(model, ids, targets, group=group, dtype=dtype) / len(batches)
+            loss.backward()
         losses.append(loss.detach())
     norm = clip_grad_norm_(model, max_norm, group=group)
     optimizer.step()
@@ -52,55 +59,49 @@ def train_step(
 
 
 def batch_loss(
-    model: Transformer, ids: Tensor, targets: Tensor, *, group: Group, dtype: torch.dtype = torch.float32
+    model: nn.Module, ids: Tensor, targets: Tensor, *, group: Group, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Mean cross-entropy of one batch, in nats per token."""
+    """Mean cross-entropy of one batch, in nats per token, by a Transformer with or without wrappers."""
+    args: Any = unwrapped(model).args
     with _precision(ids.device, dtype):
         logits = model(ids)
-    return vocab_parallel_cross_entropy(logits, targets, group=group, vocab_size=model.args.vocab_size)
+    return vocab_parallel_cross_entropy(logits, targets, group=group, vocab_size=args.vocab_size)
 
 
-def evaluate(
-    model: Transformer, batches: Iterable[Batch], *, group: Group, dtype: torch.dtype = torch.float32
-) -> float:
-    """Mean cross-entropy over ``batches`` of equal size, in nats per token.
+def evaluate(model: nn.Module, batches: Iterable[Batch], *, group: Group, dtype: torch.dtype = torch.float32) -> float:
+    """Mean cross-entropy over ``batches`` of equal size, in nats per token, by a Transformer with or without wrappers.
 
     Raises ValueError when there are no batches.
     """
-    with model.evaluating():
-        losses = [batch_loss(model, ids, targets, group=group, dtype=dtype).item() for ids, targets in batches]
+    inner: Any = unwrapped(model)
+    with inner.evaluating():
+        losses = [batch_loss(inner, ids, targets, group=group, dtype=dtype).item() for ids, targets in batches]
     if not losses:
         raise ValueError("evaluate: no batches were given")
     return sum(losses) / len(losses)
 
 
 @torch.no_grad()
-def clip_grad_norm_(model: torch.nn.Module, max_norm: float, *, group: Group | None) -> Tensor:
+def clip_grad_norm_(model: nn.Module, max_norm: float, *, group: Group | None) -> Tensor:
     """Scale the gradients of ``model`` so that their norm over all ranks is at most ``max_norm``; return that norm.
 
     ``torch.nn.utils.clip_grad_norm_`` would give every rank a norm of its own. Here sharded gradients are summed over
-    all logical shards, in the fixed tree, and replicated ones are counted once. One collective of V numbers.
+    all logical shards, in the fixed tree, and replicated ones are counted once. One collective of V numbers, and one
+    before it over each group of ranks among which ``fully_shard`` has cut parameters.
 
     Raises ValueError when ``max_norm`` is not positive.
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm={max_norm} must be positive; pass math.inf to measure without clipping")
     group = group_or_single(group)
-    sharded: list[list[Tensor]] = [[] for _ in group.shards]
-    replicated: list[Tensor] = []
+    cuts: dict[tuple[ProcessGroup, ...], list[Placement]] = {}
     for place in placements(model, group=group):
-        grad = place.parameter.grad
-        if grad is not None and place.dim is None:
-            replicated.append(grad)
-        elif grad is not None and place.dim is not None:
-            for own, piece in zip(sharded, place.counted(grad, group), strict=True):
-                if piece is not None:
-                    own.append(piece.contiguous())
-    device = next(model.parameters()).device
-    local = torch.stack([_square_norm(grads, device) for grads in sharded])
-    squares = tree_sum(all_gather(local, group=group).unbind(0)) + _square_norm(replicated, device)
-    norm = squares.sqrt()
-    torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
+        cuts.setdefault(sharding_groups(place.parameter), []).append(place)
+    squares = sum(_squares(places, pgs, group) for pgs, places in cuts.items())
+    *sharded, replicated = torch.as_tensor(squares).unbind(0)
+    norm = (tree_sum(all_gather(torch.stack(sharded), group=group).unbind(0)) + replicated).sqrt()
+    for places in cuts.values():  # torch scales several tensors at once, but not of several kinds
+        nn.utils.clip_grads_with_norm_([place.parameter for place in places], max_norm, norm)
     return norm
 
 
@@ -112,10 +113,37 @@ def warmup_cosine(step: int, *, steps: int, warmup: int, peak: float, final: flo
     return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def _squares(places: Sequence[Placement], pgs: Iterable[ProcessGroup], group: Group) -> Tensor:
+    """Sums of squares of gradients that are cut over ``pgs``: of each logical shard of this rank, then replicated."""
+    counted: list[list[Tensor]] = [[] for _ in range(len(group.shards) + 1)]
+    for place in places:
+        grad = place.parameter.grad
+        if grad is not None and place.dim is None:
+            counted[-1].append(local_part(grad).tensor)
+        elif grad is not None:
+            for own, piece in zip(counted, place.counted(grad, group), strict=False):
+                if piece is not None:
+                    own.append(piece.contiguous())
+    device = places[0].parameter.device
+    total = torch.stack([_square_norm(grads, device) for grads in counted])
+    for pg in pgs:
+        total = all_reduce(total, group=Group(pg))
+    return total
+
+
 def _square_norm(grads: Sequence[Tensor], device: torch.device) -> Tensor:
     """Sum of squares in float32 or wider."""
     norms = [torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32)) for grad in grads]
     return torch.stack(norms).square().sum() if norms else torch.zeros((), device=device)
+
+
+def _exchange_gradients(model: nn.Module, enabled: bool) -> AbstractContextManager[object]:
+    """Whether backward passes inside exchange gradients among data-parallel ranks, or leave them to a later one."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(enabled)
+    elif isinstance(model, DistributedDataParallel) and not enabled:
+        return model.no_sync()
+    return nullcontext()
 
 
 def _precision(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .distributed.group import Group
 from .distributed.runtime import cublas_workspace
-from .modeling.parameters import placements
+from .modeling.parameters import local_part, placements
 
 
 def each_unsharded_weight(model: nn.Module, *, group: Group) -> Iterator[tuple[str, Tensor]]:
@@ -70,7 +70,7 @@ def audit_gradients(model: nn.Module, *, group: Group) -> list[str]:
             place.name,
             what,
             0 if place.dim is None else place.offset(group),
-            None if value is None else digest({"": value}),
+            None if value is None else digest({"": local_part(value).tensor}),
         )
         for place in placements(model, group=group)
         if place.dim is None or place.replicas > 1

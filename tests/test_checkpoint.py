@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from src import Group
@@ -141,3 +142,12 @@ def test_views_are_for_checkpoints_only() -> None:
     assert state["model.output.weight"].size() == (51, 32)
     with pytest.raises(TypeError, match="ShardView"):
         state["model.output.weight"] + 1
+
+
+def test_wrappers_do_not_change_names() -> None:
+    args = replace(ARGS, dropout=0.1)
+    plain, wrapped = Transformer(args), Transformer(args)
+    wrapped.layers[0] = torch.compile(wrapped.layers[0], backend="eager")
+    wrapped.layers[1].attention = checkpoint_wrapper(wrapped.layers[1].attention)
+    names = [list(sharded_state_dict(model, group=Group.single())) for model in (plain, torch.compile(wrapped))]
+    assert names[0] == names[1] and "model.layers.1.attention.dropout.calls" in names[0]

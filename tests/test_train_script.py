@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from scripts.mesh import Mesh
 from scripts.train import main
+from src import Group
+from src.distributed import long_wait
+from src.distributed.failure import _timeout_of
+from src.testing import Ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = [
@@ -127,3 +134,48 @@ def test_options_that_make_no_sense(
 def test_a_prompt_longer_than_the_model_sees(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     main([*arguments, "--steps", "1", "--prompt", "def f(x): return x\n" * 20, "--new-tokens", "99"])
     assert "sample, 23 tokens after the prompt" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
+def test_data_parallel_ranks_share_the_batch(tmp_path: Path, arguments: list[str], mode: str) -> None:
+    more = ["--steps", "8", "--warmup", "2", "--accumulate", "2", "--kv-heads", "1"]
+    main([*arguments, *more, "--simulate", "2", "--out", str(tmp_path / "whole")])
+    main([*arguments, *more, "--simulate", "4", "--dp", "2", "--dp-mode", mode])
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000008")
+    main([*arguments, *more, "--simulate", "2", "--dp", "2", "--dp-mode", mode, "--resume"])
+    for kind in ("train", "validation"):
+        assert metrics(tmp_path / "run", kind) == pytest.approx(metrics(tmp_path / "whole", kind), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_data_parallel_processes(tmp_path: Path, arguments: list[str]) -> None:
+    more = ["--steps", "4", "--dp", "2", "--dp-mode", "fsdp", "--device", "cpu", "--threads", "1"]
+    main([*arguments, *more, "--simulate", "4", "--out", str(tmp_path / "simulated")])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    command += ["-m", "scripts.train", *arguments, *more]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    assert finished.returncode == 0, finished.stderr
+    for kind in ("train", "validation"):
+        assert metrics(tmp_path / "run", kind) == metrics(tmp_path / "simulated", kind)
+
+
+def test_data_parallel_sizes_that_do_not_fit(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for options, message in [
+        (["--simulate", "4", "--dp", "3"], r"--dp 3 does not divide the number of ranks, 4"),
+        (["--simulate", "6", "--dp", "3"], r"--batch-size 4 cannot be split over --dp 3"),
+    ]:
+        with pytest.raises(SystemExit, match=message):
+            main([*arguments, *options])
+    with pytest.raises(SystemExit):
+        main([*arguments, "--simulate", "4", "--dp", "2", "--num-shards", "4"])
+    assert "a sum over --dp 2 changes" in capsys.readouterr().err
+
+
+def timeouts(group: Group) -> list[float]:
+    with long_wait(group, 77):
+        mesh = Mesh.arrange(group, 2, 4, torch.device("cpu"))
+    return [_timeout_of(each.pg).total_seconds() for each in (mesh.tp, mesh.dp)]
+
+
+def test_groups_of_the_mesh_wait_as_long_as_all_ranks(ranks: Ranks) -> None:
+    assert ranks.on("gloo", 4)(timeouts) == [[77, 77]] * 4

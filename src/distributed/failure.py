@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import CodeType, FrameType
@@ -107,6 +107,13 @@ def set_timeout(pg: Any, timeout: timedelta) -> None:
         distributed_c10d._set_pg_timeout(timeout, pg)
     elif hasattr(pg, "checks"):
         pg.set_timeout(timeout)
+
+
+def same_timeout(group: Group, others: Iterable[Group]) -> None:
+    """Collectives of ``others`` may take as long as those of ``group``: torch gives new groups its own timeout."""
+    if group.pg is not None and not hasattr(group.pg, "lockstep"):
+        for other in others:
+            set_timeout(other.pg, _timeout_of(group.pg))
 
 
 def _timeout_of(pg: Any) -> timedelta:

@@ -216,5 +216,10 @@ def join_shards(shards: Sequence[Tensor], *, dim: int = -1) -> Tensor:
 
 
 def _canonical(x: Tensor) -> Tensor:
-    """``x`` contiguous and aligned like a tensor of its own: matrix kernels choose their path by both."""
+    """``x`` contiguous and aligned like a tensor of its own: matrix kernels choose their path by both.
+
+    A compiled graph has neither addresses nor promised bits.
+    """
+    if torch.compiler.is_compiling():
+        return x.contiguous()
     return x if x.is_contiguous() and x.data_ptr() % 64 == 0 else x.clone(memory_format=torch.contiguous_format)
