@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from src.distributed import Group, local_device
 from src.generation import generate
 from src.modeling import Transformer
 
-from .models import companion, open_model
+from .models import companion, end_tokens, open_model
 
 
 def run(group: Group, options: argparse.Namespace) -> list[list[int]]:
@@ -134,9 +133,4 @@ def stop_tokens(options: argparse.Namespace, tokenizer: Any) -> list[int]:
         if len(ids) != 1:
             raise ValueError(f"--stop {text!r} is {len(ids)} tokens, not one")
         stops.append(ids[0])
-    for name in () if options.ignore_eos else ("generation_config.json", "config.json"):
-        file = companion(options.model, name)
-        ends = json.loads(file.read_text()).get("eos_token_id") if file else None
-        if ends is not None:
-            return stops + (ends if isinstance(ends, list) else [ends])
-    return stops
+    return stops if options.ignore_eos else stops + end_tokens(options.model)

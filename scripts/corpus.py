@@ -7,6 +7,7 @@ training needs no download. All text is held in memory while a corpus is prepare
 import hashlib
 import json
 import os
+import shutil
 import sysconfig
 import tempfile
 import zlib
@@ -84,7 +85,15 @@ class Corpus:
         return [_cut_windows(self.validation, row, seq_len) for row in starts.reshape(count, batch_size)]
 
 
-def prepare(cache_root: Path, vocab_size: int, data: Path | None = None) -> Corpus:
+@dataclass(frozen=True)
+class GivenTokenizer:
+    """A tokenizer.json to use instead of training one, and the id that it ends a text with."""
+
+    path: Path
+    end: int
+
+
+def prepare(cache_root: Path, vocab_size: int, data: Path | None = None, given: GivenTokenizer | None = None) -> Corpus:
     """The corpus of ``data``, from the cache in ``cache_root`` or else built into it.
 
     Args:
@@ -93,12 +102,13 @@ def prepare(cache_root: Path, vocab_size: int, data: Path | None = None) -> Corp
         vocab_size: entries asked of the byte-level BPE, at least 257.
         data: a text file, or a directory of which every file counts that is neither hidden nor binary. ``None`` takes
             the source of Python's standard library without its tests.
+        given: a tokenizer that exists; ``vocab_size`` then says nothing.
 
     Raises:
         ValueError: ``vocab_size`` is too small, or ``data`` holds no text.
         ImportError: the tokenizers library is missing.
     """
-    if vocab_size < MIN_VOCAB_SIZE:
+    if given is None and vocab_size < MIN_VOCAB_SIZE:
         raise ValueError(
             f"vocab_size={vocab_size} is too small for a byte-level BPE: pass at least {MIN_VOCAB_SIZE} "
             f"(256 bytes and {END_OF_TEXT})"
@@ -109,13 +119,13 @@ def prepare(cache_root: Path, vocab_size: int, data: Path | None = None) -> Corp
             f"found no text in data={data}: pass a text file, or a directory of text files "
             "(hidden and binary files are skipped)"
         )
-    target = cache_root / _digest(documents, vocab_size)
+    target = cache_root / _digest(documents, vocab_size, given)
     if not target.exists():
         cache_root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache_root, prefix=".building-") as scratch:
             built = Path(scratch) / target.name
             built.mkdir()
-            _build(built, documents, vocab_size)
+            _build(built, documents, vocab_size, given)
             _publish(built, target)
     return Corpus.open(target)
 
@@ -161,8 +171,10 @@ def _list_files(data: Path | None) -> list[tuple[str, Path]]:
     return sorted(files)
 
 
-def _digest(documents: Sequence[Document], vocab_size: int) -> str:
+def _digest(documents: Sequence[Document], vocab_size: int, given: GivenTokenizer | None) -> str:
     digest = hashlib.sha256(f"format 1, vocab_size {vocab_size}".encode())
+    if given is not None:
+        digest = hashlib.sha256(f"format 1, end {given.end}, ".encode() + given.path.read_bytes())
     for name, text in documents:
         content = text.encode()
         digest.update(b"\0%s\0%d\0" % (os.fsencode(name), len(content)))
@@ -170,14 +182,18 @@ def _digest(documents: Sequence[Document], vocab_size: int) -> str:
     return digest.hexdigest()[:16]
 
 
-def _build(directory: Path, documents: Sequence[Document], vocab_size: int) -> None:
+def _build(directory: Path, documents: Sequence[Document], vocab_size: int, given: GivenTokenizer | None) -> None:
     """Train the tokenizer on the training part, encode both parts, and write all of it into ``directory``."""
     train, validation = _split(documents)
-    _train_tokenizer(train, vocab_size).save(str(directory / "tokenizer.json"))
+    if given is None:
+        _train_tokenizer(train, vocab_size).save(str(directory / "tokenizer.json"))
+    else:
+        shutil.copyfile(given.path, directory / "tokenizer.json")
     tokenizer = load_tokenizer(directory / "tokenizer.json")
+    end = tokenizer.get_vocab()[END_OF_TEXT] if given is None else given.end
     meta = {"files": len(documents), "vocab_size": tokenizer.get_vocab_size()}
     for part, texts in (("train", train), ("validation", validation)):
-        tokens = _encode(tokenizer, texts)
+        tokens = _encode(tokenizer, texts, end)
         np.save(directory / f"{part}.npy", tokens)
         meta[f"{part}_bytes"] = sum(len(text.encode()) for text in texts)
         meta[f"{part}_tokens"] = len(tokens)
@@ -230,14 +246,13 @@ def _train_tokenizer(texts: Sequence[str], vocab_size: int) -> "Tokenizer":
     return tokenizer
 
 
-def _encode(tokenizer: "Tokenizer", texts: Sequence[str]) -> Tokens:
-    """The token ids of all texts in a row, each text closed by ``END_OF_TEXT``."""
+def _encode(tokenizer: "Tokenizer", texts: Sequence[str], end: int) -> Tokens:
+    """The token ids of all texts in a row, each text closed by ``end``."""
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
-    end = tokenizer.get_vocab()[END_OF_TEXT]
     pieces = [piece for text in texts for piece in (*_pieces(text), "")]  # "" has no tokens: it stands for the end
     ids: list[Tokens] = []
     for start in range(0, len(pieces), PIECES_PER_SLICE):
-        encodings = tokenizer.encode_batch(pieces[start : start + PIECES_PER_SLICE])
+        encodings = tokenizer.encode_batch(pieces[start : start + PIECES_PER_SLICE], add_special_tokens=False)
         ids.extend(np.array(encoding.ids or [end], dtype=dtype) for encoding in encodings)
     return np.concatenate(ids)
 

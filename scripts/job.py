@@ -7,7 +7,7 @@ import math
 import shutil
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from src import Group
-from src.checkpoint import load, read_info, save
+from src.checkpoint import save
 from src.distributed import barrier, local_device, long_wait
 from src.generation import generate
 from src.modeling import ModelArgs, Transformer
@@ -24,9 +24,11 @@ from src.modeling.parameters import local_part
 from src.training import Batch, evaluate, train_step, warmup_cosine
 from src.verification import check_agreement, check_promise, digest, each_unsharded_weight
 
-from .corpus import Corpus, prepare
+from .corpus import END_OF_TEXT, Corpus, GivenTokenizer, prepare
+from .history import History, restore, run_settings, saved_steps
 from .logs import logger
 from .mesh import Mesh
+from .models import GENERATION, args_of, companion, copy_companions, end_tokens, fill_model
 from .options import Options
 from .report import MetricsLog, ProgressBar, draw_curve, require_extras
 
@@ -77,6 +79,8 @@ def train(world: Group, options: Options) -> Outcome:
     model = Transformer(
         args, group=mesh.tp, sequence_parallel=options.sequence_parallel, seed=options.seed, device=device
     )
+    if options.model is not None:
+        fill_model(options.model, model, mesh.tp)
     wrapped = mesh.wrap(model, options.dp_mode)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=options.weight_decay
@@ -105,19 +109,6 @@ def train(world: Group, options: Options) -> Outcome:
         if world.rank == 0:
             print(f"digest {result} threads {torch.get_num_threads()}", flush=True)
     return outcome
-
-
-@dataclass
-class History:
-    """What a run remembers of its steps: how many, the validation loss at the start, and every training loss."""
-
-    step: int
-    first_loss: float | None
-    losses: list[float]
-
-    def losses_tensor(self) -> torch.Tensor:
-        """All training losses, which are exact in float64."""
-        return torch.tensor(self.losses, dtype=torch.float64)
 
 
 class _Run:
@@ -221,7 +212,7 @@ def open_corpus(group: Group, options: Options) -> Corpus:
             barrier(group)
         logger().info("reading or preparing the text in %s", options.cache)
         try:
-            corpus = prepare(options.cache, options.vocab_size, options.data)
+            corpus = prepare(options.cache, options.vocab_size, options.data, given_tokenizer(options.model))
         finally:
             if group.rank == 0:
                 barrier(group)
@@ -229,8 +220,29 @@ def open_corpus(group: Group, options: Options) -> Corpus:
     return corpus
 
 
+def given_tokenizer(model: Path | None) -> GivenTokenizer | None:
+    """That of the model to start from, None where there is none.
+
+    Raises ValueError for a model without a tokenizer, or without an end of text.
+    """
+    if model is None:
+        return None
+    file, ends = companion(model, "tokenizer.json"), end_tokens(model)
+    if file is None or not ends:
+        raise ValueError(f"{model} has no {'end of text in its config.json' if file else 'tokenizer.json'}")
+    return GivenTokenizer(file, ends[0])
+
+
 def model_args(corpus: Corpus, options: Options) -> ModelArgs:
     """The shape of the model that the options ask for."""
+    limits: dict[str, Any] = {"max_seq_len": options.seq_len, "max_batch_size": options.batch_size}
+    if options.model is not None:
+        args = replace(args_of(options.model), dropout=options.dropout, pad_vocab=True, **limits)
+        if corpus.vocab_size > args.vocab_size:
+            raise ValueError(
+                f"{options.model}: its tokenizer has {corpus.vocab_size} tokens, its model vocab_size={args.vocab_size}"
+            )
+        return args
     return ModelArgs(
         dim=options.dim,
         n_layers=options.layers,
@@ -238,62 +250,22 @@ def model_args(corpus: Corpus, options: Options) -> ModelArgs:
         n_kv_heads=options.kv_heads,
         vocab_size=corpus.vocab_size,
         multiple_of=options.multiple_of,
-        max_seq_len=options.seq_len,
-        max_batch_size=options.batch_size,
+        **limits,
         pad_vocab=True,
         tie_embeddings=options.tie_embeddings,
         dropout=options.dropout,
     )
 
 
-def run_settings(args: ModelArgs, corpus: Corpus, options: Options) -> dict[str, Any]:
-    """What a resumed run must have in common with the run it continues."""
-    names = ("seq_len", "batch_size", "accumulate", "seed", "lr", "warmup", "weight_decay", "clip", "dtype")
-    return {**asdict(args), "text": corpus.path.name, **{name: getattr(options, name) for name in names}}
-
-
-def saved_steps(folder: Path) -> list[Path]:
-    """The checkpoints in ``folder``, oldest first."""
-    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
-
-
-def restore(
-    checkpoints: Path,
-    model: Transformer,
-    optimizer: torch.optim.Optimizer,
-    corpus: Corpus,
-    mesh: Mesh,
-    options: Options,
-) -> History:
-    """What the run has done so far, with model and optimizer as they were then.
-
-    Raises ValueError when there is an older run and --resume was not given, or one with other settings.
-    """
-    found = saved_steps(checkpoints)
-    if not found:
-        return History(0, None, [])
-    if not options.resume:
-        raise ValueError(f"{options.out} holds a run already; pass --resume to continue it, or another --out")
-    info = read_info(found[-1])
-    if info["history"]["step"] > options.steps:
-        step = info["history"]["step"]
-        raise ValueError(f"{found[-1]} is at step {step}, beyond --steps {options.steps}; ask for more steps")
-    for name, value in run_settings(model.args, corpus, options).items():
-        if info["run"].get(name) != value:
-            raise ValueError(
-                f"{found[-1]} is of another run: its {name} is {info['run'].get(name)!r}, here it is {value!r}; "
-                "resume with the same settings, or choose another --out"
-            )
-    history = History(**load(found[-1], model, optimizer, group=mesh.tp, world=mesh.world)["history"])
-    logger().info("loaded %s, step %d of %d", found[-1], history.step, options.steps)
-    return history
-
-
 def describe(mesh: Mesh, options: Options, args: ModelArgs, corpus: Corpus, start: int, model: Transformer) -> None:
     """Say what is about to happen, and leave the settings beside the run."""
     options.out.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(corpus.path / "tokenizer.json", options.out / "tokenizer.json")
+    if options.model is not None:
+        copy_companions(options.model, options.out)
+    else:
+        end = {"eos_token_id": corpus.tokenizer.token_to_id(END_OF_TEXT)}
+        (options.out / GENERATION).write_text(json.dumps(end) + "\n")
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
     (options.out / "config.json").write_text(json.dumps({"options": settings, "model": asdict(args)}, indent=1) + "\n")
     local = sum(local_part(parameter).tensor.numel() for parameter in model.parameters())

@@ -57,15 +57,18 @@ def open_model(
 
     Raises ValueError for what is no complete checkpoint.
     """
-    args = replace(args_of(path), **(changes or {}))
-    kind = format_of(path)
-    if kind == "meta":
-        return load_meta(path, args, group=group, dtype=dtype, device=device, report=report)
-    if kind == "hugging-face":
-        return load_hugging_face(path, args, group=group, dtype=dtype, device=device, report=report)
-    model = empty_model(args, group, dtype, device)
-    load(path, model, group=group)
+    model = empty_model(replace(args_of(path), **(changes or {})), group, dtype, device)
+    fill_model(path, model, group, report)
     return model
+
+
+def fill_model(path: Path, model: Transformer, group: Group, report: Report | None = None) -> None:
+    """Load the weights in ``path`` into ``model``, whose shape is ``args_of(path)``."""
+    kind = format_of(path)
+    if kind == "checkpoint":
+        load(path, model, group=group)
+    else:
+        {"meta": load_meta, "hugging-face": load_hugging_face}[kind](path, model, group=group, report=report)
 
 
 def args_of(path: Path) -> ModelArgs:
@@ -100,6 +103,16 @@ def companion(path: Path, name: str) -> Path | None:
     """A file that belongs to the model in ``path``: beside its weights, or where the run of a checkpoint keeps it."""
     places = [path / name, *(parent / name for parent in path.resolve().parents[:2])]
     return next((place for place in places[: 3 if format_of(path) == "checkpoint" else 1] if place.exists()), None)
+
+
+def end_tokens(path: Path) -> list[int]:
+    """Ids at which the model in ``path`` ends a text; none where nothing names them."""
+    for name in (GENERATION, "config.json"):
+        file = companion(path, name)
+        ends = json.loads(file.read_text()).get("eos_token_id") if file else None
+        if ends is not None:
+            return ends if isinstance(ends, list) else [ends]
+    return []
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:

@@ -12,6 +12,11 @@ SHARDS_HELP = (
     "with one thread per rank (default: one shard per rank, bits as they come)"
 )
 
+MODEL_HELP = (
+    "start from the model in DIR, in Hugging Face's or Meta's format or a checkpoint, with its tokenizer; "
+    "its shape replaces the options below (random weights)"
+)
+
 
 @dataclass(frozen=True)
 class Options:
@@ -20,6 +25,7 @@ class Options:
     out: Path
     resume: bool
     data: Path | None
+    model: Path | None
     cache: Path
     vocab_size: int
     layers: int
@@ -78,6 +84,9 @@ def parse_options(description: str | None, argv: Sequence[str] | None = None) ->
     text.add_argument("--vocab-size", type=int, default=4096, help="of the byte-level BPE (%(default)s)")
 
     model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model", type=Path, metavar="DIR", help="start from this model and its tokenizer: " + MODEL_HELP
+    )
     model.add_argument("--layers", type=int, default=2, help="(%(default)s)")
     model.add_argument("--dim", type=int, default=128, help="hidden size (%(default)s)")
     model.add_argument("--heads", type=int, default=8, help="(%(default)s)")

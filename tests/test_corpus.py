@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -122,7 +123,7 @@ def test_a_long_text_is_encoded_in_pieces(library: Path, cache: Path, monkeypatc
     texts = [text_of(3), "x" * 120, text_of(4)]
     assert ["".join(corpus._pieces(text)) for text in texts] == texts
     assert all(piece.endswith("\n") and len(piece) <= 50 for piece in corpus._pieces(texts[0]))
-    tokens = corpus._encode(opened.tokenizer, texts * 10)
+    tokens = corpus._encode(opened.tokenizer, texts * 10, opened.tokenizer.token_to_id(END_OF_TEXT))
     assert tokens.dtype == np.uint16
     assert texts_in(opened, tokens) == texts * 10
 
@@ -130,7 +131,7 @@ def test_a_long_text_is_encoded_in_pieces(library: Path, cache: Path, monkeypatc
 def test_a_large_vocabulary_needs_wider_tokens(library: Path, cache: Path) -> None:
     tokenizer = prepare(cache, VOCAB_SIZE, library).tokenizer
     tokenizer.add_tokens([f"<{index}>" for index in range(1 << 16)])
-    tokens = corpus._encode(tokenizer, ["<65535>"])
+    tokens = corpus._encode(tokenizer, ["<65535>"], tokenizer.token_to_id(END_OF_TEXT))
     assert tokens.dtype == np.uint32
     assert tokens[0] > 65535 and tokenizer.decode(tokens.tolist()) == "<65535>"
 
@@ -197,8 +198,8 @@ def test_the_slower_of_two_processes_takes_the_result_of_the_faster(
     winner = prepare(tmp_path / "other", VOCAB_SIZE, library).path
     build = corpus._build
 
-    def build_while_another_finishes(directory: Path, documents: Sequence[corpus.Document], vocab_size: int) -> None:
-        build(directory, documents, vocab_size)
+    def build_while_another_finishes(directory: Path, documents: Sequence[corpus.Document], *rest: Any) -> None:
+        build(directory, documents, *rest)
         shutil.copytree(winner, cache / winner.name)
         (cache / winner.name / "winner").touch()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from scripts import convert, generate
 from scripts.mesh import Mesh
 from scripts.train import main
 from src import Group
@@ -179,3 +180,32 @@ def timeouts(group: Group) -> list[float]:
 
 def test_groups_of_the_mesh_wait_as_long_as_all_ranks(ranks: Ranks) -> None:
     assert ranks.on("gloo", 4)(timeouts) == [[77, 77]] * 4
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "hugging-face", "meta"])
+def test_training_goes_on_from_another_format(tmp_path: Path, arguments: list[str], kind: str) -> None:
+    """At another number of ranks, with the model's own tokenizer: where the first run ended the second begins."""
+    main([*arguments, "--simulate", "2", "--steps", "4", "--warmup", "2"])
+    model = tmp_path / "run/checkpoints/step-000004"
+    if kind != "checkpoint":
+        convert.main([str(model), str(tmp_path / "model"), "--to", kind])
+        model = tmp_path / "model"
+    second = [*arguments, "--out", str(tmp_path / "second"), "--model", str(model), "--layers", "7"]
+    main([*second, "--simulate", "4", "--steps", "8", "--warmup", "2"])
+    ended, begun = metrics(tmp_path / "run", "validation"), metrics(tmp_path / "second", "validation")
+    assert begun[0] == pytest.approx(ended[4], abs=1e-5) and begun[8] < begun[0] - 0.3
+    files = [
+        tmp_path / run / name for run in ("run", "second") for name in ("tokenizer.json", "generation_config.json")
+    ]
+    assert files[0].read_bytes() == files[2].read_bytes() and files[1].read_text() == files[3].read_text()
+    convert.main([str(tmp_path / "second/checkpoints/step-000008"), str(tmp_path / "back"), "--to", "hugging-face"])
+    generate.main(["--model", str(tmp_path / "back"), "--prompt", "def", "--simulate", "2", "--max-new-tokens", "3"])
+
+
+def test_a_model_to_start_from_must_be_complete(tmp_path: Path, arguments: list[str]) -> None:
+    main([*arguments, "--simulate", "1", "--steps", "1"])
+    for missing, message in (("generation_config.json", "no end of text"), ("tokenizer.json", "no tokenizer.json")):
+        (tmp_path / "run" / missing).unlink()
+        with pytest.raises(SystemExit, match=message):
+            checkpoint = str(tmp_path / "run/checkpoints/step-000001")
+            main([*arguments, "--simulate", "1", "--model", checkpoint, "--out", str(tmp_path / "second")])

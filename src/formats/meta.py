@@ -60,7 +60,7 @@ def read_meta_args(path: str | Path) -> ModelArgs:
 
 def load_meta(
     path: str | Path,
-    args: ModelArgs | None = None,
+    model: Transformer | ModelArgs | None = None,
     *,
     group: Group,
     dtype: torch.dtype = torch.float32,
@@ -69,12 +69,16 @@ def load_meta(
 ) -> Transformer:
     """A model with the weights in the directory ``path``; each rank maps the files and copies its own slices.
 
-    ``args`` is its shape, by default what ``read_meta_args`` gives. Called by all ranks. Raises ValueError for a
-    directory without such a checkpoint, and for tensors that are missing, left over or of another size.
+    ``model`` is one to fill in place, or the shape of one to make, by default what ``read_meta_args`` gives. Called by
+    all ranks. Raises ValueError for a directory without such a checkpoint, for tensors that are missing, left over or
+    of another size, and for a given model whose heads pair halves.
     """
     path = Path(path)
     files = _open_all(path)
-    model = empty_model(args or read_meta_args(path), group, dtype, device)
+    if not isinstance(model, Transformer):
+        model = empty_model(model or read_meta_args(path), group, dtype, device)
+    if model.args.rope_pairing != "neighbours":
+        raise ValueError(f"{path}: heads of Meta's format pair neighbours; make the model with that rope_pairing")
     slices = {item.name: item for item in local_slices(model, group)}
     for name in sorted((files[0].keys() - {"rope.freqs"}) ^ slices.keys()):
         what = "has no" if name in slices else "holds an unknown"
