@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from src.checkpoint import load, read_info, save
+from src.checkpoint import Report, load, read_info, save
 from src.distributed import Group
 from src.formats import (
     load_hugging_face,
@@ -29,8 +28,6 @@ MARKS: dict[str, Format] = {"isoshard.json": "checkpoint", "config.json": "huggi
 GENERATION = "generation_config.json"
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", GENERATION)
 """Files beside the weights that do not depend on their format."""
-
-Report = Callable[[str, int], None]
 
 
 def format_of(path: Path) -> Format:
@@ -66,7 +63,7 @@ def fill_model(path: Path, model: Transformer, group: Group, report: Report | No
     """Load the weights in ``path`` into ``model``, whose shape is ``args_of(path)``."""
     kind = format_of(path)
     if kind == "checkpoint":
-        load(path, model, group=group)
+        load(path, model, group=group, report=report)
     else:
         {"meta": load_meta, "hugging-face": load_hugging_face}[kind](path, model, group=group, report=report)
 
@@ -96,7 +93,7 @@ def write_model(path: Path, model: Transformer, kind: Format, group: Group, repo
     elif path.exists():
         raise ValueError(f"{path} exists; choose another path, or remove it first")
     else:
-        save(path, model, info={"model": asdict(model.args)}, group=group)
+        save(path, model, info={"model": asdict(model.args)}, group=group, report=report)
 
 
 def companion(path: Path, name: str) -> Path | None:

@@ -7,11 +7,12 @@ file, by which a truncated checkpoint is known.
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -28,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import ReadItem, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
@@ -36,6 +38,9 @@ from .distributed import Group, barrier, long_wait
 from .modeling.parameters import Placement, local_part, placements, plain_name, unwrapped
 
 INFO = "isoshard.json"
+
+Report = Callable[[str, int], None]
+"""Told the name and the bytes of each tensor that this rank has read or written."""
 
 PATIENCE = 3600.0
 """Seconds that a rank may take for its files while the others wait."""
@@ -112,6 +117,7 @@ def save(
     *,
     group: Group,
     world: Group | None = None,
+    report: Report | None = None,
 ) -> None:
     """Write a checkpoint directory ``path``, replacing an older one; ``info`` is data of the program's own, for JSON.
 
@@ -130,7 +136,7 @@ def save(
     with _file_work(world):
         barrier(world)
         state = sharded_state_dict(model, optimizer, group=group)
-        dcp_save(state, storage_writer=FileSystemWriter(building), **_where(world))
+        dcp_save(state, storage_writer=FileSystemWriter(building), planner=_SavePlanner(report), **_where(world))
         if world.rank == 0:
             sizes = {file.name: file.stat().st_size for file in sorted(building.iterdir())}
             record = {"info": info or {}, "optimizer": optimizer is not None, "files": sizes}
@@ -190,6 +196,7 @@ def load(
     *,
     group: Group,
     world: Group | None = None,
+    report: Report | None = None,
 ) -> dict[str, Any]:
     """Fill ``model`` and ``optimizer`` in place from the checkpoint at ``path``; return its ``info``.
 
@@ -212,11 +219,34 @@ def load(
             _allocate_state(model, optimizer, metadata, group)
         state = sharded_state_dict(model, optimizer, group=group)
         with _file_work(world or group):
-            dcp_load(state, storage_reader=reader, **_where(world or group))
+            dcp_load(state, storage_reader=reader, planner=_LoadPlanner(report), **_where(world or group))
     except (CheckpointException, pickle.UnpicklingError, EOFError) as error:
         raise ValueError(f"checkpoint {path} is damaged: {str(error).splitlines()[-1]}") from error
     info: dict[str, Any] = record["info"]
     return info
+
+
+class _SavePlanner(DefaultSavePlanner):
+    def __init__(self, report: Report | None) -> None:
+        super().__init__()
+        self._report = report
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        data: Tensor | io.BytesIO = super().resolve_data(write_item)
+        if self._report is not None and isinstance(data, Tensor):
+            self._report(write_item.index.fqn, data.nbytes)
+        return data
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    def __init__(self, report: Report | None) -> None:
+        super().__init__()
+        self._report = report
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        super().commit_tensor(read_item, tensor)
+        if self._report is not None:
+            self._report(read_item.dest_index.fqn, tensor.nbytes)
 
 
 def _where(group: Group) -> dict[str, Any]:

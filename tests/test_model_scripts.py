@@ -126,7 +126,10 @@ def test_convert_round_trip(model: Path, tmp_path: Path, capfd: pytest.CaptureFi
     count = sum(parameter.numel() for parameter in load_hugging_face(model, group=Group.single()).parameters())
     for name, kind in places:
         convert.main([str(source), str(tmp_path / name), "--to", kind])
-        assert f"-> {kind}: {count:,} parameters" in capfd.readouterr().out
+        shown = capfd.readouterr()
+        assert f"-> {kind}: {count:,} parameters" in shown.out
+        for what in ("reading", "writing"):
+            assert f"{what}: {4 * count / 1024:.0f}kB" in shown.err
         source = tmp_path / name
         assert (source / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
         assert text_of(capfd, "--model", source, *options) == want

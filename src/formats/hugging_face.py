@@ -8,12 +8,13 @@ reordered on the way, which computes the same.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..checkpoint import Report
 from ..distributed import Group
 from ..functional import halves_to_neighbours, neighbours_to_halves
 from ..modeling import ModelArgs, Transformer
@@ -36,9 +37,6 @@ INNER = {
     "ffn_norm": "post_attention_layernorm",
 }
 ROTATED = re.compile(r"attention\.w[qk]\.weight$")
-
-Report = Callable[[str, int], None]
-"""Told the name and the bytes of each tensor that this rank has read or written."""
 
 
 def hugging_face_name(name: str) -> str:

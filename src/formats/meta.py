@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint import Report
 from ..distributed import Group
 from ..modeling import ModelArgs, Transformer
 from ..modeling.mlp import feed_forward_size
 from ..rope_scaling import RopeScaling
 from ..verification import each_unsharded_weight
 from .directory import new_directory, read_json, write_json
-from .hugging_face import Report
 from .slices import empty_model, local_slices
 
 PARAMS = "params.json"

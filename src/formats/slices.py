@@ -30,9 +30,13 @@ class LocalSlice:
         return int(own.stop - own.start)
 
     def fill(self, value: Tensor) -> None:
-        """Copy ``value`` into the parameter, in its dtype, and zeros into its padding."""
+        """Copy ``value`` into the parameter, in its dtype."""
         with torch.no_grad():
             self.parameter.narrow(self.dim, 0, self.length).copy_(value)
+
+    def clear_padding(self) -> None:
+        """Zeros where the parameter reaches beyond the whole tensor."""
+        with torch.no_grad():
             self.parameter.narrow(self.dim, self.length, self.parameter.shape[self.dim] - self.length).zero_()
 
 
@@ -49,7 +53,9 @@ def local_slices(model: Transformer, group: Group) -> Iterator[LocalSlice]:
 
 
 def empty_model(args: ModelArgs, group: Group, dtype: torch.dtype, device: str | torch.device) -> Transformer:
-    """A model whose parameters hold nothing yet: no time is spent on drawing what is going to be overwritten."""
+    """A model whose parameters hold nothing yet, but padding: no time is spent on drawing what will be overwritten."""
     model = Transformer(args, group=group, dtype=dtype, device="meta").to_empty(device=device)
     model.tie_parameters()
+    for item in local_slices(model, group):
+        item.clear_padding()
     return model
