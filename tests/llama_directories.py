@@ -36,6 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         }
     },
     "yarn-scales": {
+        "head_dim": 32,
         "rope_parameters": {
             "rope_type": "yarn",
             "factor": 4.0,
@@ -45,7 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "beta_slow": 2,
             "truncate": False,
             **THETA,
-        }
+        },
     },
     "tied": {"tie_word_embeddings": True},
     "all-heads": {"num_key_value_heads": 8},

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from scripts import corpus
-from scripts.corpus import END_OF_TEXT, Corpus, prepare
+from scripts.corpus import END_OF_TEXT, Corpus, GivenTokenizer, prepare
 
-pytest.importorskip("tokenizers")
+tokenizers = pytest.importorskip("tokenizers")
 
 VOCAB_SIZE = 300
 
@@ -134,6 +134,24 @@ def test_a_large_vocabulary_needs_wider_tokens(library: Path, cache: Path) -> No
     tokens = corpus._encode(tokenizer, ["<65535>"], tokenizer.token_to_id(END_OF_TEXT))
     assert tokens.dtype == np.uint32
     assert tokens[0] > 65535 and tokenizer.decode(tokens.tolist()) == "<65535>"
+
+
+def test_a_given_tokenizer(library: Path, cache: Path) -> None:
+    """It and its end are part of what a corpus is known by; nothing is trained, nothing put before a text."""
+    own = prepare(cache, VOCAB_SIZE, library)
+    copy = cache.parent / "tokenizer.json"
+    tokenizer = own.tokenizer
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="a $A", special_tokens=[("a", 65)])
+    tokenizer.save(str(copy))
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    given = prepare(cache, 1, library, GivenTokenizer(copy, end))
+    other_end = prepare(cache, 1, library, GivenTokenizer(copy, 5))
+    copy.write_text(copy.read_text() + " ")
+    other_file = prepare(cache, 1, library, GivenTokenizer(copy, end))
+    assert len({own.path, given.path, other_end.path, other_file.path}) == 4
+    assert np.array_equal(given.train, own.train) and given.vocab_size == own.vocab_size
+    ends = own.train == end
+    assert (other_end.train[ends] == 5).all() and np.array_equal(other_end.train[~ends], own.train[~ends])
 
 
 def test_sizes_are_those_of_the_text(library: Path, cache: Path) -> None:

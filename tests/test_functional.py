@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -253,3 +254,14 @@ def rotate(*shapes: tuple[int, ...]) -> Tensor:
 def test_errors(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_fillers_are_seen_by_themselves_alone() -> None:
+    """A row of the mask without any 0 would make NaN, and NaN would reach all others."""
+    padding = torch.tensor([0, 2, 4])
+    mask = causal_mask(3, 2, padding=padding, dtype=torch.float32, device=torch.device("cpu"))
+    assert mask.shape == (3, 1, 3, 5)
+    for row, fillers in enumerate(padding.tolist()):
+        for query, key in itertools.product(range(3), range(5)):
+            seen = fillers <= key <= query + 2 or key == query + 2
+            assert mask[row, 0, query, key] == (0 if seen else -math.inf)

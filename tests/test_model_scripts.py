@@ -91,6 +91,23 @@ def test_several_prompts_and_where_they_stop(model: Path, capfd: pytest.CaptureF
     assert alone[0].startswith(cut[:-1]) and len(cut) < len(alone[0])
 
 
+def test_the_models_own_end_of_text(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """That of generation_config.json before that of config.json."""
+    source = tmp_path / "model"
+    shutil.copytree(model, source)
+    tokens = theirs(model, 12)
+    end = next(token for token in tokens if tokens.index(token) > 2)
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, 1]}))
+    options = ("--model", source, "--prompt", PROMPT, "--max-new-tokens", 12, "--simulate", 2)
+    tokenizer = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json"))
+    assert text_of(capfd, *options) == tokenizer.decode(tokens[: tokens.index(end)]) + "\n"
+    assert text_of(capfd, *options, "--ignore-eos") == tokenizer.decode(tokens) + "\n"
+    (source / "generation_config.json").unlink()
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "eos_token_id": end}))
+    assert text_of(capfd, *options) == tokenizer.decode(tokens[: tokens.index(end)]) + "\n"
+
+
 def test_streamed_text_is_the_decoded_text(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Nothing is lost or doubled between tokens; a batch shows the same ids decoded at once."""
     options = ("--model", model, "--max-new-tokens", 40, "--simulate", 1, "--ignore-eos", "--prompt", "größe")

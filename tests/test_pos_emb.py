@@ -177,6 +177,13 @@ def test_rotary_frequencies() -> None:
         torch.testing.assert_close(got, want[start : start + length], rtol=1e-5, atol=1e-5)
 
 
+def test_positions_count_from_the_first_real_token() -> None:
+    freqs = frequencies(500.0)
+    rows = freqs(3, 4, torch.tensor([0, 2, 5]))
+    assert torch.equal(rows[0], freqs(3, 4)) and torch.equal(rows[1], freqs(1, 4))
+    assert torch.equal(rows[2, 2:], freqs(0, 2)) and torch.equal(rows[2, :2], freqs(0, 1).expand(2, -1))
+
+
 def test_rotary_frequencies_on_meta_and_back() -> None:
     freqs, want = frequencies(500.0, device="meta"), frequencies(500.0).inverse
     assert freqs.inverse.is_meta
