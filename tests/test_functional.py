@@ -259,7 +259,7 @@ def test_errors(call: Any, message: str) -> None:
 def test_fillers_are_seen_by_themselves_alone() -> None:
     """A row of the mask without any 0 would make NaN, and NaN would reach all others."""
     padding = torch.tensor([0, 2, 4])
-    mask = causal_mask(3, 2, padding=padding, dtype=torch.float32, device=torch.device("cpu"))
+    mask = fn.causal_mask(3, 2, padding=padding, dtype=torch.float32, device=torch.device("cpu"))
     assert mask.shape == (3, 1, 3, 5)
     for row, fillers in enumerate(padding.tolist()):
         for query, key in itertools.product(range(3), range(5)):
