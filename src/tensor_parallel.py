@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .distributed.group import Group, as_group
-from .distributed.regions import copy_to_shards
+from .distributed.regions import copy_to_shards, join_shards, split_shards
 from .modeling import ColumnParallelLinear, KVParallelLinear, LMHead, ParallelVocabEmbedding, RowParallelLinear
 from .modeling.conversion import take_parameters
 from .sharding import shard_size
@@ -30,6 +30,10 @@ class Heads:
 
     num_attention_heads: int
     num_key_value_heads: int | None = None
+
+    def style(self) -> tuple[type[nn.Module], Callable[..., nn.Module]]:
+        """Its entry in ``STYLES``."""
+        return nn.Linear, self.shaped_like
 
     def shaped_like(self, linear: nn.Linear, *, group: Group) -> nn.Module:
         """The layer for ``linear``, on the meta device. Raises ValueError when the heads do not divide."""
@@ -55,8 +59,25 @@ class Heads:
             attention.num_key_value_groups = self.num_attention_heads // max(self.num_key_value_heads, group.num_shards)
 
 
-Style = Literal["column", "column_gather", "row", "embedding", "lm_head", "replicate"] | Heads
-Plan = Mapping[str, Style]
+class Elementwise(nn.Module):
+    """``module``, applied to each logical shard of its input alone.
+
+    Vectorized functions on the CPU give the last elements of a tensor other bits than those before.
+    """
+
+    def __init__(self, module: nn.Module, *, group: Group) -> None:
+        super().__init__()
+        if next(module.parameters(), None) is not None:
+            raise ValueError('"elementwise" is for modules without parameters')
+        self.module, self.group = module, group
+        self.train(module.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., n] -> y [..., n]``, sharded over the last dim."""
+        return join_shards([self.module(shard) for shard in split_shards(x, group=self.group)])
+
+
+Style = Literal["column", "column_gather", "lm_head", "row", "embedding", "elementwise", "replicate"] | Heads
 
 STYLES: dict[str, tuple[type[nn.Module], Callable[..., nn.Module]]] = {
     "column": (nn.Linear, ColumnParallelLinear.shaped_like),
@@ -64,6 +85,7 @@ STYLES: dict[str, tuple[type[nn.Module], Callable[..., nn.Module]]] = {
     "row": (nn.Linear, RowParallelLinear.shaped_like),
     "embedding": (nn.Embedding, partial(ParallelVocabEmbedding.shaped_like, pad_vocab=True)),
     "lm_head": (nn.Linear, partial(LMHead.shaped_like, pad_vocab=True)),
+    "elementwise": (nn.Module, Elementwise),
 }
 
 
@@ -79,6 +101,7 @@ def parallelize(module: nn.Module, group: Any, plan: Mapping[str, Any]) -> nn.Mo
         Heads(…)          nn.Linear      "column" by whole attention heads; key-value heads shared where there are few
         "row"             nn.Linear      input features sharded, output summed
         "embedding"       nn.Embedding   rows sharded, output summed
+        "elementwise"     any            of a sharded input; only needed for equal bits where ``num_shards`` is fixed
         "replicate"       any            left as it is, like everything that no pattern matches: norms need no entry
 
     A vocabulary ("embedding", "column_gather", "lm_head") that does not divide is padded; outputs of full width and
@@ -122,6 +145,7 @@ def llama_plan(config: Any) -> dict[str, Style]:
         f"{attention}.o_proj": "row",
         f"{mlp}.gate_proj": "column",
         f"{mlp}.up_proj": "column",
+        f"{mlp}.act_fn": "elementwise",
         f"{mlp}.down_proj": "row",
         "lm_head": "column_gather",
     }
@@ -192,17 +216,15 @@ def _planned(module: nn.Module, styles: dict[str, Style]) -> Iterator[tuple[str,
 
 def _shaped(path: str, source: nn.Module, style: Style, group: Group) -> nn.Module:
     """The layer that will take the place of ``source``, on the meta device."""
-    kind: type[nn.Module]
-    shaped_like: Callable[..., nn.Module]
-    kind, shaped_like = STYLES[style] if isinstance(style, str) else (nn.Linear, style.shaped_like)
-    if type(source) is not kind:
+    kind, make = STYLES[style] if isinstance(style, str) else style.style()
+    if kind not in (nn.Module, type(source)):
         fused = isinstance(source, nn.MultiheadAttention) or type(source).__name__ == "NonDynamicallyQuantizableLinear"
         why = ": nn.MultiheadAttention keeps q, k and v in one matrix; use a linear for each" if fused else ""
         raise TypeError(f"{path} is a {type(source).__name__}, but {style!r} is for nn.{kind.__name__} alone{why}")
     if source._forward_hooks or source._forward_pre_hooks or source._backward_hooks or source._backward_pre_hooks:
         raise ValueError(f"{path} has hooks, which would be lost; register them after parallelize")
     try:
-        return shaped_like(source, group=group)
+        return make(source, group=group)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{path}: {error}") from None
 
