@@ -98,7 +98,7 @@ def parallelize(module: nn.Module, group: Any, plan: Mapping[str, Any]) -> nn.Mo
         "column"          nn.Linear      output features sharded, output sharded
         "column_gather"   nn.Linear      the same, output gathered (an lm_head whose caller wants all logits)
         "lm_head"         nn.Linear      the same, output sharded, for ``vocab_parallel_cross_entropy``
-        Heads(…)          nn.Linear      "column" by whole attention heads; key-value heads shared where there are few
+        Heads(...)          nn.Linear      "column" by whole attention heads; key-value heads shared where there are few
         "row"             nn.Linear      input features sharded, output summed
         "embedding"       nn.Embedding   rows sharded, output summed
         "elementwise"     any            of a sharded input; only needed for equal bits where ``num_shards`` is fixed
@@ -120,7 +120,7 @@ def parallelize(module: nn.Module, group: Any, plan: Mapping[str, Any]) -> nn.Mo
     layers = {source: _shaped(path, source, style, group) for path, source, style in _planned(module, styles)}
     _check_attention(module, styles)
     _check_ties(module, layers)
-    taken: dict[nn.Parameter, nn.Parameter] = {}
+    taken: dict[Tensor, nn.Parameter] = {}
     for source, layer in layers.items():
         take_parameters(layer, source, taken)
     for path, parent in list(module.named_modules()):
@@ -186,9 +186,8 @@ def _match(module: nn.Module, plan: Mapping[str, Any]) -> dict[str, Style]:
     styles: dict[str, Style] = {}
     for pattern, style in plan.items():
         if not (isinstance(style, Heads) or style in STYLES or style == "replicate"):
-            raise ValueError(
-                f"plan: {pattern!r} has the style {style!r}; choose from {[*STYLES, 'replicate', 'Heads(…)']}"
-            )
+            choice = ", ".join([*STYLES, "replicate"])
+            raise ValueError(f"plan: {pattern!r} has the style {style!r}; choose from {choice} and Heads(...)")
         found = [path for path in paths if _fits(path, pattern)]
         if not found:
             raise ValueError(f"plan: {pattern!r} matches no module of {type(module).__name__}; see its named_modules()")

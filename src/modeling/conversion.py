@@ -12,7 +12,7 @@ from ..distributed.group import Group
 from ..sharding import shared_range, valid_size
 
 
-def take_parameters(layer: nn.Module, source: nn.Module, taken: dict[nn.Parameter, nn.Parameter] | None = None) -> None:
+def take_parameters(layer: nn.Module, source: nn.Module, taken: dict[Tensor, nn.Parameter] | None = None) -> None:
     """Give ``layer``, which was built for the shape of ``source``, this rank's slices of the parameters of ``source``.
 
     Values, dtype, device and ``requires_grad`` are those of ``source``; the slices share no memory with it. What

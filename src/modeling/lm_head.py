@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..distributed.group import as_group
 from ..sharding import padded_size, shard_size, valid_size
+from .conversion import take_parameters
 from .linear import ColumnParallelLinear
 
 
@@ -51,6 +52,15 @@ class LMHead(ColumnParallelLinear):
         super().__init__(hidden_size, rows, bias=bias, group=group, **options)
         if tied_weight is not None:
             self.weight = tied_weight
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, *, group: Any = None, tied_weight: nn.Parameter | None = None, **options: Any
+    ) -> Self:
+        """As for ColumnParallelLinear; with ``tied_weight``, the weight of ``linear`` is not used."""
+        layer = cls.shaped_like(linear, group=group, tied_weight=tied_weight, **options)
+        take_parameters(layer, linear, None if tied_weight is None else {linear.weight: tied_weight})
+        return layer
 
     def reset_parameters(self) -> None:
         """Draw this rank's logical shards anew; padding rows become zero. A tied weight is the embedding's to draw."""
