@@ -142,7 +142,7 @@ def test_what_shares_an_input_shares_an_all_reduce(duplicate: bool) -> None:
 
 
 class Twice(nn.Module):
-    """Two column-parallel layers, whose input changes in between."""
+    """Two column-parallel layers, called without gradients, with several inputs, and with one that has changed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -152,20 +152,20 @@ class Twice(nn.Module):
         x = x * 1
         with torch.no_grad():
             self.a(x)
-        y = self.a(x)
+        y = self.a(x) + self.b(x + 1)
         x.mul_(2)
-        return y + self.b(x)
+        return y + self.a(x)
 
 
-def test_an_input_that_was_changed_is_no_shared_input() -> None:
-    def program(group: Group) -> Tensor:
+def test_only_the_same_input_is_shared() -> None:
+    def program(group: Group | None) -> tuple[Tensor, Tensor]:
         torch.manual_seed(0)
-        x = torch.ones(3, 4, requires_grad=True)
-        parallelize(Twice().requires_grad_(False), group, {"?": "column_gather"})(x).square().sum().backward()
-        return x.grad
+        model, x = Twice().requires_grad_(False), torch.ones(3, 4, requires_grad=True)
+        y = (model if group is None else parallelize(model, group, {"?": "column_gather"}))(x)
+        y.square().sum().backward()
+        return y.detach(), x.grad
 
-    want = simulate(program, 1)[0]
-    assert want.abs().min() > 0
+    want = program(None)
     for got in simulate(program, 4):
         torch.testing.assert_close(got, want)
 
@@ -231,8 +231,10 @@ def test_the_gradient_norm_is_that_of_the_original() -> None:
 def test_properties_stay() -> None:
     model = net().double().eval()
     model.blocks[0].q.weight.requires_grad_(False)
-    names = list(model.state_dict())
-    assert parallelize(model, Group.single(2), PLAN) is model
+    names, first, table = list(model.state_dict()), model.blocks[0].q.weight, model.embed.weight.detach().clone()
+    assert parallelize(model, Group.single(8), PLAN) is model
+    assert torch.equal(model.embed.weight[:VOCAB], table) and not model.embed.weight[VOCAB:].any()
+    assert model.blocks[0].q.weight.data_ptr() != first.data_ptr(), "shares memory with the original"
     assert list(model.state_dict()) == names
     assert not any(module.training for module in model.modules())
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
