@@ -98,7 +98,7 @@ def parallelize(module: nn.Module, group: Any, plan: Mapping[str, Any]) -> nn.Mo
         "column"          nn.Linear      output features sharded, output sharded
         "column_gather"   nn.Linear      the same, output gathered (an lm_head whose caller wants all logits)
         "lm_head"         nn.Linear      the same, output sharded, for ``vocab_parallel_cross_entropy``
-        Heads(...)          nn.Linear      "column" by whole attention heads; key-value heads shared where there are few
+        Heads(...)        nn.Linear      "column" by whole attention heads; key-value heads shared where there are few
         "row"             nn.Linear      input features sharded, output summed
         "embedding"       nn.Embedding   rows sharded, output summed
         "elementwise"     any            of a sharded input; only needed for equal bits where ``num_shards`` is fixed

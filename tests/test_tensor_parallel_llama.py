@@ -274,6 +274,22 @@ def test_sizes_that_do_not_divide(world_size: int, changes: dict[str, int], mess
     assert all(simulate(program, world_size))
 
 
+@pytest.mark.parametrize("family", ["Mistral", "Qwen2"])
+def test_models_that_are_built_like_it(family: str) -> None:
+    sizes = {key: getattr(config("one head to one"), key) for key in ("vocab_size", "hidden_size", "intermediate_size")}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 4}
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**sizes))
+
+    def program(group: Group) -> dict[str, Tensor]:
+        own: Any = parallelize(copy.deepcopy(model), group, llama_plan(model.config))
+        return forward_backward(own) | whole(own, group, grad=True)
+
+    got = simulate(program, 4)[0]
+    want = forward_backward(model) | {name: parameter.grad for name, parameter in model.named_parameters()}
+    check_close(got, want, 1e-5)
+
+
 def test_a_norm_of_queries_is_refused() -> None:
     """Qwen 3's; on a rank's heads it would get a part of its gradient."""
     with torch.device("meta"):
