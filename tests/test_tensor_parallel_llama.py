@@ -106,7 +106,7 @@ def check_close(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: floa
         assert error <= tolerance, f"{name}: relative error {error:.1e}"
 
 
-@pytest.mark.ranks(2, 4, 8, gloo=2)
+@pytest.mark.ranks(4, 8, gloo=2)
 @pytest.mark.parametrize("case", CASES)
 def test_trains_and_generates_like_the_original(ranks: Ranks, case: str) -> None:
     one_pass, trained, tokens = reference(case)
@@ -121,7 +121,7 @@ def test_trains_and_generates_like_the_original(ranks: Ranks, case: str) -> None
 def test_same_bits_at_every_size(ranks: Ranks, case: str) -> None:
     one_pass, trained, tokens = ranks.on("simulated", 1)(run, case, num_shards=8)[0]
     check_close(one_pass, reference(case)[0], 1e-5)
-    for place in [("simulated", 2), ("simulated", 4), ("simulated", 8), ("gloo", 2)]:
+    for place in [("gloo", 2), ("simulated", 4), ("simulated", 8)]:
         for got in ranks.on(*place)(run, case, num_shards=8):
             assert not [name for name in one_pass if not torch.equal(got[0][name], one_pass[name])], place
             assert not [name for name in trained if not torch.equal(got[1][name], trained[name])], place
