@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from src import Group, Ledger, llama_plan, parallelize, simulate
 from src.checkpoint import load, save
@@ -18,6 +21,7 @@ from src.modeling import vocab_parallel_cross_entropy
 from src.modeling.parameters import placements
 from src.testing import Ranks
 from src.training import clip_grad_norm_
+from src.verification import unsharded_gradients
 
 transformers = pytest.importorskip("transformers")
 
@@ -208,6 +212,32 @@ def test_logits_that_stay_sharded() -> None:
     want = reference("one head to one")[0]
     for loss, grads in simulate(program, 4):
         check_close(grads | {"loss": loss, "logits": want["logits"]}, want, 1e-5)
+
+
+def in_company(group: Group, case: str, wrapper: str) -> dict[str, Tensor]:
+    """Each data-parallel rank has half the batch."""
+    mesh = dist.init_device_mesh("cpu", (2, group.world_size // 2), mesh_dim_names=("dp", "tp"))
+    tp, dp = Group(mesh["tp"]), Group(mesh["dp"])
+    model = parallel(tp, case)
+    if wrapper == "ddp":
+        model = DistributedDataParallel(model, process_group=dp.pg)
+    else:
+        for part in (*model.model.layers, model):
+            fully_shard(part, mesh=mesh["dp"])
+    ids = IDS.chunk(2)[dp.rank]
+    model(ids, labels=ids).loss.backward()
+    gradients = {name: value.clone() for name, value in unsharded_gradients(model, group=tp).items()}
+    return gradients | {"norm": clip_grad_norm_(model, 1.0, group=tp)}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_with_data_parallelism(wrapper: str) -> None:
+    case = "four kv heads, tied"
+    one_pass, trained, _ = reference(case)
+    want = {name: value for name, value in one_pass.items() if name not in ("loss", "logits")}
+    for got in simulate(in_company, 4, case, wrapper):
+        check_close(got, want | {"norm": trained["norms"][0]}, 1e-5)
 
 
 def save_trained(group: Group, case: str, path: Path) -> dict[str, Tensor]:
