@@ -9,11 +9,13 @@ if TYPE_CHECKING:
     from .distributed import Group, Ledger, SimulationError, close, init, simulate
     from .functional import apply_rotary_pos_emb
     from .modeling import GroupRMSNorm, NTKAwareRoPE, ParallelVocabEmbedding, VocabEmbedding
+    from .tensor_parallel import Heads, llama_plan, parallelize
 
 __version__ = "0.1.0"
 __all__ = [
     "Group",
     "GroupRMSNorm",
+    "Heads",
     "Ledger",
     "NTKAwareRoPE",
     "ParallelVocabEmbedding",
@@ -22,9 +24,11 @@ __all__ = [
     "apply_rotary_pos_emb",
     "close",
     "init",
+    "llama_plan",
+    "parallelize",
     "simulate",
 ]
-_HOMES = ("distributed", "functional", "modeling")
+_HOMES = ("distributed", "functional", "modeling", "tensor_parallel")
 
 
 def __getattr__(name: str) -> Any:

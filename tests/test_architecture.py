@@ -40,7 +40,7 @@ FLOORS = {
         {"kernels", "distributed"},
         {"functional"},
         {"modeling", "sampling"},
-        {"checkpoint", "training", "generation", "rank_pool", "script_state", "verification"},
+        {"checkpoint", "tensor_parallel", "training", "generation", "rank_pool", "script_state", "verification"},
         {"formats", "rank_runs"},
         {"pytest_ranks"},
         {"testing"},
@@ -64,7 +64,7 @@ FLOORS = {
         {"meta"},
     ],
     "modeling": [
-        {"config", "checks", "parameters"},
+        {"config", "checks", "conversion", "parameters"},
         {"norm", "pos_emb", "linear", "kv_linear", "dropout", "vocab_emb", "loss"},
         {"attention", "mlp", "lm_head"},
         {"block"},

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from ..distributed.group import as_group
 from ..distributed.random import fill_shards, uniform
-from ..distributed.regions import share_shards
-from ..sharding import shared_range
+from ..distributed.regions import copy_to_shards, join_shards, share_shards
+from ..sharding import MAX_SHARDS, shared_range
+from .checks import check_activations
+from .conversion import check_plain, take_parameters
 
 
 class KVParallelLinear(nn.Module):
-    """``y = x W^T`` with whole heads shared by runs of ``V / num_heads`` logical shards.
+    """``y = x W^T + b`` with whole heads shared by runs of ``V / num_heads`` logical shards.
 
     Head h belongs to the logical shards ``[h * V / num_heads, (h + 1) * V / num_heads)``; a rank holds every head that
     one of its shards uses, so that with more ranks than heads each head has replicas. Every logical shard multiplies by
@@ -27,12 +29,15 @@ class KVParallelLinear(nn.Module):
     Raises ValueError unless ``num_heads`` divides the number of logical shards.
     """
 
+    enter: Callable[..., list[Tensor]] = staticmethod(copy_to_shards)
+
     def __init__(
         self,
         in_features: int,
         num_heads: int,
         head_dim: int,
         *,
+        bias: bool = False,
         group: Any = None,
         init_base_seed: int = 42,
         dtype: torch.dtype = torch.float32,
@@ -49,24 +54,65 @@ class KVParallelLinear(nn.Module):
             )
         self.replicas = self.group.num_shards // num_heads
         self.heads = shared_range(self.group.shards, self.replicas)
-        self.weight = nn.Parameter(torch.empty(len(self.heads) * head_dim, in_features, dtype=dtype, device=device))
+        rows = len(self.heads) * head_dim
+        self.weight = nn.Parameter(torch.empty(rows, in_features, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.empty(rows, dtype=dtype, device=device)) if bias else None
         self.reset_parameters()
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, num_heads: int, *, group: Any = None) -> Self:
+        """This rank's heads of an ordinary ``linear`` to ``num_heads`` heads that all ranks hold alike.
+
+        Raises ValueError when ``num_heads`` does not divide its output features; TypeError when its parameters are no
+        plain tensors (DTensors, quantized ones).
+        """
+        layer = cls.shaped_like(linear, num_heads, group=group)
+        take_parameters(layer, linear)
+        return layer
+
+    @classmethod
+    def shaped_like(cls, linear: nn.Linear, num_heads: int, *, group: Any = None) -> Self:
+        """What ``from_linear`` returns, still without numbers: on the meta device."""
+        check_plain(linear)
+        if linear.out_features % num_heads:
+            raise ValueError(f"out_features={linear.out_features} is not a multiple of num_heads={num_heads}")
+        options: dict[str, Any] = {"bias": linear.bias is not None, "dtype": linear.weight.dtype, "device": "meta"}
+        head_dim = linear.out_features // num_heads
+        return cls(linear.in_features, num_heads, head_dim, group=group, **options).train(linear.training)
 
     def reset_parameters(self) -> None:
         """Draw this rank's heads anew."""
         bound = 1 / math.sqrt(self.in_features)
         seeds = [self.init_base_seed + head for head in self.heads]
         fill_shards(self.weight.detach().chunk(len(self.heads)), seeds, uniform(-bound, bound))
+        if self.bias is not None:
+            seeds = [seed + MAX_SHARDS for seed in seeds]
+            fill_shards(self.bias.detach().chunk(len(self.heads)), seeds, uniform(-bound, bound))
 
     def shard_dims(self) -> dict[str, int]:
         """The sharded parameters and their sharded dim."""
-        return {} if self.group.num_shards == 1 else {"weight": 0}
+        if self.group.num_shards == 1:
+            return {}
+        return {"weight": 0} if self.bias is None else {"weight": 0, "bias": 0}
 
     def shard_replicas(self) -> dict[str, int]:
         """How many logical shards share one piece."""
-        return {"weight": self.replicas}
+        return {"weight": self.replicas, "bias": self.replicas}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., in] -> y [..., V/w * head_dim]``: the head of each logical shard of this rank in turn."""
+        check_activations(x, self.in_features, "KVParallelLinear")
+        return join_shards(self.forward_shards(self.enter(x, group=self.group)))
 
     def forward_shards(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """One ``x [..., in]`` per logical shard of this rank, from ``copy_to_shards``, to ``[..., head_dim]`` each."""
         weights = share_shards(self.weight, group=self.group, replicas=self.replicas)
-        return [F.linear(x, weight) for x, weight in zip(inputs, weights, strict=True)]
+        if self.bias is None:
+            return [F.linear(x, weight) for x, weight in zip(inputs, weights, strict=True)]
+        biases = share_shards(self.bias, group=self.group, replicas=self.replicas)
+        return [F.linear(x, weight, bias) for x, weight, bias in zip(inputs, weights, biases, strict=True)]
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, num_heads={self.num_heads}, head_dim={self.head_dim}, group={self.group}"
+        )

@@ -12,7 +12,7 @@ is what makes the bits independent of w.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -33,6 +33,7 @@ from ..distributed.regions import (
 )
 from ..sharding import MAX_SHARDS, shard_size
 from .checks import check_activations
+from .conversion import check_plain, take_parameters
 
 
 class _ParallelLinear(nn.Module):
@@ -68,17 +69,20 @@ class _ParallelLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, group: Any = None, **options: Any) -> Self:
-        """This rank's part of an ordinary ``linear`` that all ranks hold alike; ``options`` as for the constructor."""
-        options |= {"bias": linear.bias is not None, "group": group, "dtype": linear.weight.dtype}
-        layer = cls(linear.in_features, linear.out_features, device="meta", **options)
-        dims = layer.shard_dims()
-        for name, parameter in linear.named_parameters():
-            value = parameter.detach()
-            if name in dims:
-                value = value.chunk(layer.group.world_size, dims[name])[layer.group.rank]
-            local = value.clone(memory_format=torch.contiguous_format)
-            setattr(layer, name, nn.Parameter(local, requires_grad=parameter.requires_grad))
+        """This rank's part of an ordinary ``linear`` that all ranks hold alike; ``options`` as for the constructor.
+
+        Raises TypeError when its parameters are no plain tensors (DTensors, quantized ones).
+        """
+        layer = cls.shaped_like(linear, group=group, **options)
+        take_parameters(layer, linear)
         return layer
+
+    @classmethod
+    def shaped_like(cls, linear: nn.Linear, *, group: Any = None, **options: Any) -> Self:
+        """What ``from_linear`` returns, still without numbers: on the meta device."""
+        check_plain(linear)
+        options |= {"bias": linear.bias is not None, "dtype": linear.weight.dtype, "device": "meta"}
+        return cls(linear.in_features, linear.out_features, group=group, **options).train(linear.training)
 
     def reset_parameters(self) -> None:
         """Draw this rank's logical shards of weight and bias anew."""
@@ -115,6 +119,7 @@ class ColumnParallelLinear(_ParallelLinear):
 
     _weight_dim = 0
     _bias_dim = 0
+    enter: Callable[..., list[Tensor]] = staticmethod(copy_to_shards)
 
     def __init__(
         self,
@@ -135,7 +140,7 @@ class ColumnParallelLinear(_ParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in] -> y [..., out/w]``, or ``[..., out]`` with ``gather_output``."""
         check_activations(x, self.in_features, "ColumnParallelLinear", self.sequence_parallel)
-        enter = gather_to_shards if self.sequence_parallel else copy_to_shards
+        enter = gather_to_shards if self.sequence_parallel else self.enter
         y = join_shards(self.forward_shards(enter(x, group=self.group)))
         return gather_from_region(y, group=self.group) if self.gather_output else y
 

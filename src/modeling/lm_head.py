@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -12,14 +12,16 @@ from torch import Tensor, nn
 
 from ..distributed.group import as_group
 from ..sharding import padded_size, shard_size, valid_size
+from .conversion import take_parameters
 from .linear import ColumnParallelLinear
 
 
 class LMHead(ColumnParallelLinear):
-    """A column-parallel linear without bias, ``[v/w, h]``, whose logits ``[b, s, v/w]`` are never gathered.
+    """A column-parallel linear, ``[v/w, h]``, whose logits ``[b, s, v/w]`` stay sharded.
 
     ``pad_vocab`` pads a vocabulary that does not divide; padding rows are zero, their logits -inf. ``tied_weight`` is
-    the parameter of an embedding over the same group, which then is this layer's weight too.
+    the parameter of an embedding over the same group, which then is this layer's weight too. ``gather_output`` gives
+    every rank all logits ``[b, s, v]``, without padding.
 
     Raises ValueError when the vocabulary does not divide and ``pad_vocab`` is not set.
     """
@@ -30,6 +32,8 @@ class LMHead(ColumnParallelLinear):
         vocab_size: int,
         *,
         group: Any = None,
+        bias: bool = False,
+        gather_output: bool = False,
         pad_vocab: bool = False,
         tied_weight: nn.Parameter | None = None,
         sequence_parallel: bool = False,
@@ -43,11 +47,20 @@ class LMHead(ColumnParallelLinear):
             remedy = f"pass pad_vocab=True to pad it to {rows}"
             shard_size("vocab_size", vocab_size, group.num_shards, group.world_size, remedy)
         self.vocab_size, self.tied = vocab_size, tied_weight is not None
-        options: dict[str, Any] = {"init_base_seed": init_base_seed, "dtype": dtype}
+        options: dict[str, Any] = {"init_base_seed": init_base_seed, "dtype": dtype, "gather_output": gather_output}
         options |= {"sequence_parallel": sequence_parallel, "device": device}
-        super().__init__(hidden_size, rows, bias=False, group=group, **options)
+        super().__init__(hidden_size, rows, bias=bias, group=group, **options)
         if tied_weight is not None:
             self.weight = tied_weight
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, *, group: Any = None, tied_weight: nn.Parameter | None = None, **options: Any
+    ) -> Self:
+        """As for ColumnParallelLinear; with ``tied_weight``, the weight of ``linear`` is not used."""
+        layer = cls.shaped_like(linear, group=group, tied_weight=tied_weight, **options)
+        take_parameters(layer, linear, None if tied_weight is None else {linear.weight: tied_weight})
+        return layer
 
     def reset_parameters(self) -> None:
         """Draw this rank's logical shards anew; padding rows become zero. A tied weight is the embedding's to draw."""
@@ -56,7 +69,13 @@ class LMHead(ColumnParallelLinear):
         super().reset_parameters()
         with torch.no_grad():
             first = self.group.rank * self.weight.shape[0]
-            self.weight[max(self.vocab_size - first, 0) :].zero_()
+            for parameter in self.parameters():
+                parameter[max(self.vocab_size - first, 0) :].zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., h] -> logits [..., v/w]``, or ``[..., v]`` with ``gather_output``."""
+        logits = super().forward(x)
+        return logits[..., : self.vocab_size] if self.gather_output else logits
 
     def forward_shards(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """As for ColumnParallelLinear; the logits of padding are -inf, so that it never has any probability."""
@@ -71,4 +90,4 @@ class LMHead(ColumnParallelLinear):
 
     def unpadded_sizes(self) -> dict[str, int]:
         """Real lengths of the sharded dims that may be padded."""
-        return {"weight": self.vocab_size}
+        return {"weight": self.vocab_size, "bias": self.vocab_size}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from ..distributed.regions import reduce_from_region, reduce_scatter_from_shards
 from ..functional import shard_embedding
 from ..sharding import check_num_shards, check_rank, padded_size, shard_range, shard_size
 from .checks import check_ids
+from .conversion import check_plain, take_parameters
 
 
 class VocabEmbedding(nn.Module):
@@ -62,6 +63,7 @@ class ParallelVocabEmbedding(nn.Module):
     ``pad_vocab`` pads a vocabulary that does not divide; padding rows are zero and never selected. ``check`` makes
     ids outside the vocabulary a ValueError on CUDA too, at the price of a wait per call. With ``sequence_parallel``, in
     group mode, ``forward`` reduce-scatters instead: each rank gets its part ``[b, s/w, e]`` of the sequence.
+    ``padding_idx`` as in ``nn.Embedding``: that row starts as zeros and gets no gradient.
 
     Raises ValueError when only one of ``rank`` and ``world_size`` is given, when they contradict the group or each
     other, and when the vocabulary does not divide.
@@ -84,9 +86,10 @@ class ParallelVocabEmbedding(nn.Module):
         pad_vocab: bool = False,
         check: bool = False,
         sequence_parallel: bool = False,
+        padding_idx: int | None = None,
     ) -> None:
         super().__init__()
-        self.sequence_parallel = sequence_parallel
+        self.sequence_parallel, self.padding_idx = sequence_parallel, padding_idx
         self.vocab_size, self.emb_size, self.check = vocab_size, emb_size, check
         self.init_mean, self.init_std, self.init_base_seed = init_mean, init_std, init_base_seed
         self._place(rank, world_size, process_group, num_shards)
@@ -98,6 +101,34 @@ class ParallelVocabEmbedding(nn.Module):
         self.first_id = self.rank * local
         self.weight = nn.Parameter(torch.empty(local, emb_size, dtype=dtype, device=device))
         self.reset_parameters()
+
+    @classmethod
+    def from_embedding(cls, embedding: nn.Embedding, *, group: Any = None, pad_vocab: bool = False) -> Self:
+        """This rank's rows of an ordinary ``embedding`` that all ranks hold alike, in group mode.
+
+        Raises ValueError when the vocabulary does not divide and ``pad_vocab`` is not set, and for the options
+        ``max_norm``, ``scale_grad_by_freq`` and ``sparse``; TypeError when the table is no plain tensor.
+        """
+        layer = cls.shaped_like(embedding, group=group, pad_vocab=pad_vocab)
+        take_parameters(layer, embedding)
+        return layer
+
+    @classmethod
+    def shaped_like(cls, embedding: nn.Embedding, *, group: Any = None, pad_vocab: bool = False) -> Self:
+        """What ``from_embedding`` returns, still without numbers: on the meta device."""
+        check_plain(embedding)
+        for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+            if getattr(embedding, option):
+                raise ValueError(f"nn.Embedding with {option}={getattr(embedding, option)} cannot be sharded")
+        return cls(
+            embedding.num_embeddings,
+            embedding.embedding_dim,
+            process_group=as_group(group),
+            dtype=embedding.weight.dtype,
+            device="meta",
+            pad_vocab=pad_vocab,
+            padding_idx=embedding.padding_idx,
+        ).train(embedding.training)
 
     def _place(self, rank: int | None, world_size: int | None, process_group: Any, num_shards: int | None) -> None:
         if (rank is None) != (world_size is None):
@@ -127,6 +158,8 @@ class ParallelVocabEmbedding(nn.Module):
         fill_shards(self.weight.detach().chunk(len(shards)), seeds, normal(self.init_mean, self.init_std))
         with torch.no_grad():
             self.weight[max(self.vocab_size - self.first_id, 0) :].zero_()
+            if self.padding_idx is not None and 0 <= self.padding_idx - self.first_id < len(self.weight):
+                self.weight[self.padding_idx - self.first_id].zero_()
 
     def shard_dims(self) -> dict[str, int]:
         """The sharded parameters and their sharded dim."""
@@ -146,6 +179,8 @@ class ParallelVocabEmbedding(nn.Module):
         if self.sequence_parallel and ids.dim() != 2:
             raise ValueError(f"sequence_parallel: ids must be [b, s], got a tensor of shape {list(ids.shape)}")
         local = shard_embedding(ids.to(self.weight.device), self.weight, self.first_id)
+        if self.padding_idx is not None:
+            local = torch.where((ids == self.padding_idx).to(local.device).unsqueeze(-1), local.detach(), local)
         if self.group is not None and self.sequence_parallel:
             local = reduce_scatter_from_shards([local], group=self.group)
         elif self.group is not None:
