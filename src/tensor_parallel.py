@@ -24,8 +24,9 @@ class Heads:
     """Style of a column-parallel projection to attention heads, none of which is ever cut.
 
     ``Heads(32)`` is the projection to the queries, ``Heads(32, 8)`` one to the keys or the values that 32 query heads
-    share. Where there are fewer key-value heads than logical shards each is held by several ranks, and the attention
-    module's ``num_key_value_groups``, if it has one, becomes the number of query heads to one on a rank.
+    share. Where there are fewer key-value heads than logical shards each is held by several ranks. Counts that the
+    attention module keeps as ``num_heads``, ``num_attention_heads``, ``num_key_value_heads`` and
+    ``num_key_value_groups`` become those of a rank.
     """
 
     num_attention_heads: int
@@ -54,9 +55,16 @@ class Heads:
         return KVParallelLinear.shaped_like(linear, heads, group=group)
 
     def adapt(self, attention: Any, group: Group) -> None:
-        """Tell ``attention`` how many of its query heads share a key-value head now."""
-        if self.num_key_value_heads is not None and hasattr(attention, "num_key_value_groups"):
-            attention.num_key_value_groups = self.num_attention_heads // max(self.num_key_value_heads, group.num_shards)
+        """Give ``attention`` this rank's counts in place of those of the whole that it keeps as attributes."""
+        queries, kv = self.num_attention_heads, self.num_key_value_heads
+        here = queries // group.world_size
+        counts = {"num_heads": (queries, here), "num_attention_heads": (queries, here)}
+        if kv is not None:
+            kv_here = max(kv, group.num_shards) // group.world_size
+            counts |= {"num_key_value_heads": (kv, kv_here), "num_key_value_groups": (queries // kv, here // kv_here)}
+        for name, (whole, local) in counts.items():
+            if getattr(attention, name, None) == whole:
+                setattr(attention, name, local)
 
 
 class Elementwise(nn.Module):

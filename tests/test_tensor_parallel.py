@@ -141,6 +141,43 @@ def test_what_shares_an_input_shares_an_all_reduce(duplicate: bool) -> None:
     assert simulate(counted, 2, duplicate) == [(2, 1)] * 2
 
 
+class Counting(nn.Module):
+    """Attention that views by head counts of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.num_key_value_heads = HEADS, KV_HEADS
+        self.q, self.k = nn.Linear(WIDTH, 32), nn.Linear(WIDTH, 4 * KV_HEADS)
+        self.v, self.o = nn.Linear(WIDTH, 4 * KV_HEADS), nn.Linear(32, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        counts = self.num_heads, self.num_key_value_heads, self.num_key_value_heads
+        projected = zip((self.q, self.k, self.v), counts, strict=True)
+        q, k, v = (proj(x).view(*x.shape[:-1], heads, 4).transpose(1, 2) for proj, heads in projected)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.o(mixed.transpose(1, 2).flatten(2))
+
+
+def counting(group: Group) -> tuple[Tensor, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    kv = Heads(HEADS, KV_HEADS)
+    model = nn.Sequential(Counting())
+    x = torch.randn(2, 5, WIDTH)
+    y = parallelize(model, group, {"0.q": Heads(HEADS), "0.k": kv, "0.v": kv, "0.o": "row"})(x)
+    y.square().sum().backward()
+    return y.detach(), gradients(model, group)
+
+
+@pytest.mark.ranks(2, 4, 8, gloo=())
+@pytest.mark.parametrize("num_shards", [None, 8])
+def test_head_counts_of_the_module_become_those_of_a_rank(ranks: Ranks, num_shards: int | None) -> None:
+    want, want_gradients = simulate(counting, 1)[0]
+    for y, found in ranks(counting, num_shards=num_shards):
+        torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
+        for name, gradient in want_gradients.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-5)
+
+
 class Twice(nn.Module):
     """Two column-parallel layers, called without gradients, with several inputs, and with one that has changed."""
 
