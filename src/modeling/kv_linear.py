@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..distributed.group import as_group
 from ..distributed.random import fill_shards, uniform
 from ..distributed.regions import share_shards
+from ..functional import linear
 from ..sharding import shared_range
 
 
@@ -69,4 +69,4 @@ class KVParallelLinear(nn.Module):
     def forward_shards(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """One ``x [..., in]`` per logical shard of this rank, from ``copy_to_shards``, to ``[..., head_dim]`` each."""
         weights = share_shards(self.weight, group=self.group, replicas=self.replicas)
-        return [F.linear(x, weight) for x, weight in zip(inputs, weights, strict=True)]
+        return [linear(x, weight) for x, weight in zip(inputs, weights, strict=True)]

@@ -1,0 +1,209 @@
+"""The faster CPU bodies against the plain ones: forward bit for bit, gradients against float64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from src import cpu
+from src import functional as fn
+
+FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def numbers(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.fixture(params=["one block", "blocks", "rows"])
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything in one block, in several with a shorter last one, and row by row."""
+    elements = {"one block": 2**20, "blocks": 200, "rows": 1}[request.param]
+    monkeypatch.setattr(cpu, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(cpu, "WEIGHT_ELEMENTS", elements)
+
+
+def plain(call: Callable[..., Tensor], *args: Any) -> Tensor:
+    """``call`` with the bodies of ``functional``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "serves", lambda x: False)
+        return call(*args)
+
+
+def gradients(call: Callable[..., Tensor], leaves: list[Tensor], grad: Tensor) -> list[Tensor]:
+    """Those of ``call(*leaves)`` in the leaves."""
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    call(*leaves).backward(grad)
+    return [leaf.grad for leaf in leaves]
+
+
+def check_gradients(call: Callable[..., Tensor], leaves: list[Tensor], scale: float = 1.0) -> None:
+    """Gradients in the leaves' dtype against the plain body's in float64."""
+    grad = numbers(9, *call(*leaves).shape, dtype=leaves[0].dtype)
+    got = gradients(call, leaves, grad)
+    want = plain(gradients, call, [leaf.double() for leaf in leaves], grad.double())
+    coarsest = max(torch.finfo(leaf.dtype).eps for leaf in leaves)
+    tolerance = scale * coarsest * (32 if coarsest < 1e-5 else 4)
+    for leaf, mine, theirs in zip(leaves, got, want, strict=True):
+        assert mine.dtype == leaf.dtype and mine.shape == leaf.shape
+        torch.testing.assert_close(mine.double(), theirs, rtol=tolerance, atol=tolerance)
+
+
+NORM_SHAPES = [(1,), (7,), (48,), (1, 48), (33, 48), (2, 17, 48), (3, 1, 5, 130), (1, 1, 1024), (5, 4096), (300, 8)]
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("shape", NORM_SHAPES)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_norm_has_the_bits_of_the_plain_body(
+    shape: tuple[int, ...], dtype: torch.dtype, weight_dtype: torch.dtype
+) -> None:
+    x, weight = numbers(0, *shape, dtype=dtype), numbers(1, shape[-1], dtype=weight_dtype)
+    for size in {size for size in (1, 2, 3, 13, 16, 128, shape[-1]) if shape[-1] % size == 0}:
+        call = (fn.group_rms_norm, x, weight, size, 1e-5)
+        want = plain(*call)
+        assert torch.equal(fn.group_rms_norm(x, weight, size, 1e-5), want)
+        learning = fn.group_rms_norm(x.clone().requires_grad_(), weight, size, 1e-5)
+        assert torch.equal(learning, want) and learning.dtype == dtype and learning.shape == shape
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("size", [1, 6, 24])
+@pytest.mark.parametrize("shape", [(24,), (1, 24), (3, 7, 24)])
+def test_norm_gradients(dtype: torch.dtype, size: int, shape: tuple[int, ...]) -> None:
+    leaves = [numbers(0, *shape, dtype=dtype), numbers(1, 24, dtype=dtype)]
+    check_gradients(lambda x, weight: fn.group_rms_norm(x, weight, size, 1e-3), leaves)
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("shape", [(1, 1, 1, 2), (2, 9, 3, 8), (3, 5, 1, 6), (1, 64, 4, 128)])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("table_dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("per_row", [False, True])
+def test_rotation(shape: tuple[int, ...], dtype: torch.dtype, table_dtype: torch.dtype, per_row: bool) -> None:
+    table_shape = (*shape[:2], shape[3]) if per_row else (shape[1], shape[3])
+    cos, sin = numbers(1, *table_shape, dtype=table_dtype), numbers(2, *table_shape, dtype=table_dtype)
+    x = numbers(0, *shape, dtype=dtype)
+    got = fn.apply_rotary_pos_emb(x, cos, sin)
+    assert got.dtype == dtype and torch.equal(got, plain(fn.apply_rotary_pos_emb, x, cos, sin))
+    check_gradients(lambda x: fn.apply_rotary_pos_emb(x, cos, sin), [x])
+
+
+def test_tables_of_a_rotation_may_learn() -> None:
+    x, cos, sin = numbers(0, 2, 3, 2, 4), numbers(1, 3, 4), numbers(2, 3, 4)
+    check_gradients(fn.apply_rotary_pos_emb, [x, cos, sin])
+
+
+IDS = {
+    "some": [[3, 4, 5, 7], [8, 5, 9, 0]],
+    "none": [[0, 9], [8, 3]],
+    "all": [[4, 5], [7, 7]],
+    "no ids": [[]],
+}
+
+
+@pytest.mark.parametrize("ids", IDS.values(), ids=IDS.keys())
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_shard_embedding(ids: list[list[int]], ids_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    given, table = torch.tensor(ids, dtype=ids_dtype), numbers(0, 4, 3, dtype=dtype)
+    check_gradients(lambda table: fn.shard_embedding(given, table, 4), [table])
+    table[0, 0], table[1, 1] = torch.inf, torch.nan
+    got, want = fn.shard_embedding(given, table, 4), plain(fn.shard_embedding, given, table, 4)
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 300, 5000])
+def test_a_rows_gradient_does_not_depend_on_how_the_table_is_cut(dtype: torch.dtype, count: int) -> None:
+    ids = torch.randint(64, (count,), generator=torch.Generator().manual_seed(0))
+    table, grad = numbers(1, 64, 40, dtype=dtype), numbers(2, count, 40, dtype=dtype)
+    (whole,) = gradients(lambda table: fn.shard_embedding(ids, table, 0), [table], grad)
+    for width in (1, 8, 32):
+        for first in range(0, 64, width):
+            part = gradients(
+                lambda part, first=first: fn.shard_embedding(ids, part, first), [table[first : first + width]], grad
+            )
+            assert torch.equal(part[0], whole[first : first + width])
+
+
+def wide_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "has_bfloat16_units", lambda: False)
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("shape", [(8, 12), (2, 9, 12), (2, 2, 4, 12)])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_products_round_once(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], biased: bool, autocast: bool
+) -> None:
+    wide_only(monkeypatch)
+    leaves = [numbers(0, *shape, dtype=torch.bfloat16), numbers(1, 20, 12, dtype=torch.bfloat16)]
+    leaves += [numbers(2, 20, dtype=torch.bfloat16)] if biased else []
+    if autocast:
+        leaves[1:] = [leaf.float() for leaf in leaves[1:]]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        y = fn.linear(*leaves)
+        check_gradients(fn.linear, leaves, scale=0.5 * 2**16 if autocast else 1)
+    want = F.linear(*(leaf.double() for leaf in leaves))
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.double(), want, rtol=2**-8, atol=1e-6)
+
+
+def test_other_products_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [(8, torch.float32), (1, torch.bfloat16), (8, torch.float16)]
+    want = [F.linear(numbers(0, n, 12, dtype=dtype), numbers(1, 20, 12, dtype=dtype)) for n, dtype in cases]
+    wide_only(monkeypatch)
+    monkeypatch.setattr(cpu, "wide_linear", None)
+    for (n, dtype), y in zip(cases, want, strict=True):
+        assert torch.equal(fn.linear(numbers(0, n, 12, dtype=dtype), numbers(1, 20, 12, dtype=dtype)), y)
+
+
+def everything(x: Tensor, weight: Tensor, table: Tensor) -> Tensor:
+    """All bodies in one function of ``x [2, 3, 8]``."""
+    cos, sin = fn.rope_tables(3, 4, 10000)
+    x = fn.rms_norm(x + fn.shard_embedding(torch.tensor([[0, 5, 2], [9, 1, 0]]), table, 0), weight, 1e-5)
+    return fn.linear(fn.apply_rotary_pos_emb(x.unflatten(-1, (2, 4)), cos, sin).flatten(-2), weight.outer(weight))
+
+
+LEAVES = [numbers(0, 2, 3, 8), numbers(1, 8), numbers(2, 6, 8)]
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointed_activations(use_reentrant: bool) -> None:
+    grad = numbers(3, 2, 3, 8)
+    want = gradients(everything, LEAVES, grad)
+    got = gradients(lambda *leaves: checkpoint(everything, *leaves, use_reentrant=use_reentrant), LEAVES, grad)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_compiled_in_one_graph() -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
+    grad = numbers(3, 2, 3, 8)
+    torch.testing.assert_close(gradients(compiled, LEAVES, grad), gradients(everything, LEAVES, grad))
+
+
+def test_without_gradients_and_copied() -> None:
+    want = everything(*(leaf.clone().requires_grad_() for leaf in LEAVES)).detach()
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            got = everything(*LEAVES)
+            assert torch.equal(copy.deepcopy(got), want)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8)])
+def test_empty(shape: tuple[int, ...]) -> None:
+    x = torch.zeros(shape, requires_grad=True)
+    fn.rms_norm(x, torch.ones(8), 1e-5).sum().backward()
+    assert x.grad is not None and x.grad.shape == shape
