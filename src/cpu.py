@@ -6,6 +6,7 @@ Forward has the bits of the plain bodies. A compiled graph, a tensor elsewhere a
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,21 @@ MIN_ROWS = 8
 """From how many rows on a widened product is the faster one: a bfloat16 weight is half as much to read."""
 
 
+HUGE_BYTES = 2**22
+"""From this size on numpy asks the system for huge pages, where torch takes a page fault for every 4 KiB."""
+
+
 def serves(x: Tensor) -> bool:
     """Whether these bodies are made for ``x``."""
-    return x.is_cpu and not torch.compiler.is_compiling() and x.is_contiguous() and x.numel() > 0
+    ordinary = type(x) is Tensor or type(x) is torch.nn.Parameter
+    return x.is_cpu and ordinary and x.is_contiguous() and x.numel() > 0 and not torch.compiler.is_compiling()
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """``torch.empty_like``, contiguous, and cheap to fill where it is large."""
+    if serves(x) and x.nbytes >= HUGE_BYTES:
+        return _allocated(np.empty, x.shape, x.dtype)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @functools.cache
@@ -39,7 +52,7 @@ def has_bfloat16_units() -> bool:
 def group_rms_norm(x: Tensor, weight: Tensor, group_size: int, eps: float) -> Tensor:
     """``x [..., h]`` contiguous, ``weight [h]``, no wider than the statistics -> ``y [..., h]``."""
     learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if not learns and x.numel() <= BLOCK_ELEMENTS // 8 and x.dtype == weight.dtype and group_size == x.shape[-1]:
+    if not learns and x.numel() <= BLOCK_ELEMENTS // 8 and x.dtype == weight.dtype and group_size == x.size(-1):
         return torch.rms_norm(x, (group_size,), weight, eps)
     y: Tensor = _GroupRMSNorm.apply(x, weight, group_size, eps)  # type: ignore[no-untyped-call]
     return y
@@ -73,7 +86,7 @@ class _GroupRMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, size: int, eps: float) -> Tensor:
         rows, dtype = x.view(-1, x.shape[-1] // size, size), torch.promote_types(x.dtype, torch.float32)
         gamma = weight.to(dtype).view(rows.shape[1:])
-        y, scale = torch.empty_like(rows), rows.new_empty(*rows.shape[:2], 1, dtype=dtype)
+        y, scale = empty_like(rows), rows.new_empty(*rows.shape[:2], 1, dtype=dtype)
         for block in _blocks(rows):
             wide = rows[block].to(dtype)
             scale[block] = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -86,7 +99,7 @@ class _GroupRMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, gamma, scale = ctx.saved_tensors
-        grads, x_grad, weight_grad = grad.reshape(rows.shape), torch.empty_like(rows), torch.zeros_like(gamma)
+        grads, x_grad, weight_grad = grad.reshape(rows.shape), empty_like(rows), torch.zeros_like(gamma)
         for block in _blocks(rows):
             wide = grads[block].to(gamma.dtype)
             normed = rows[block].to(gamma.dtype) * scale[block]
@@ -150,7 +163,7 @@ class _WideLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         rows, grads = x.reshape(-1, x.shape[-1]).float(), grad.reshape(-1, weight.shape[0])
-        x_grad, weight_grad = torch.zeros_like(rows), torch.empty_like(weight)
+        x_grad, weight_grad = torch.zeros_like(rows), empty_like(weight)
         with torch.autocast("cpu", enabled=False):
             for block in _blocks(weight, WEIGHT_ELEMENTS):
                 wide = grads[:, block].float()
@@ -167,7 +180,7 @@ def _rotated(x: Tensor, cos: Tensor, first_sin: Tensor, second_sin: Tensor) -> T
     cos, first_sin, second_sin = (
         table.to(dtype).expand(*x.shape[:2], -1).reshape(len(rows), 1, -1) for table in (cos, first_sin, second_sin)
     )
-    y = torch.empty_like(rows)
+    y = empty_like(rows)
     for block in _blocks(rows):
         wide = rows[block].to(dtype)
         out = wide * cos[block]
@@ -184,5 +197,15 @@ def _blocks(x: Tensor, elements: int = BLOCK_ELEMENTS) -> list[slice]:
 
 
 def _zeros(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Zeros of which the system provides only the pages that are written: few rows of a table have a gradient."""
-    return torch.from_numpy(np.zeros(shape.numel() * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+    """Zeros; where there are many, the system provides the pages that are written: few rows of a table are."""
+    if shape.numel() * dtype.itemsize >= HUGE_BYTES:
+        return _allocated(np.zeros, shape, dtype)
+    return torch.zeros(shape, dtype=dtype)
+
+
+def _allocated(make: Callable[..., np.ndarray[Any, Any]], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A tensor over an array of numpy's, aligned as torch's own are."""
+    size = shape.numel() * dtype.itemsize
+    array = make(size + 64, np.uint8)
+    start = -array.ctypes.data % 64
+    return torch.from_numpy(array[start : start + size]).view(dtype).view(shape)

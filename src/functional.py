@@ -42,10 +42,9 @@ def group_rms_norm(x: Tensor, weight: Tensor, group_size: int, eps: float) -> Te
 
     Statistics in float32 or wider, one rounding at the end; the output has x's dtype and device.
     """
-    dtype = wide(x.dtype)
-    if cpu.serves(x) and weight.is_cpu and torch.promote_types(dtype, weight.dtype) == dtype:
+    if cpu.serves(x) and weight.is_cpu and wide(weight.dtype) == wide(x.dtype):
         return cpu.group_rms_norm(x, weight, group_size, eps)
-    groups = x.to(dtype).unflatten(-1, (-1, group_size))
+    groups = x.to(wide(x.dtype)).unflatten(-1, (-1, group_size))
     scale = torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps)
     y: Tensor = (groups * scale).flatten(-2) * weight.to(x.device)
     return y.to(x.dtype)

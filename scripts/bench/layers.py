@@ -1,7 +1,7 @@
 """What layers cost on one CPU thread, beside the libraries that people know: side by side in one run.
 
     python -m scripts.bench.layers [rows]              rows whose name contains one of the words; all without any
-    python -m scripts.bench.layers --no-units linear   as on a processor without units for bfloat16 (oneDNN kept to AVX2)
+    python -m scripts.bench.layers --no-units linear   as without units for bfloat16 (oneDNN kept to AVX2)
 
 Contenders take turns, the order changing every round; times are of the thread's own CPU, medians over the rounds. The
 ratio is the median of each round's own (ours / peer), with quartiles: "met" or "missed" where all three are on one
@@ -56,19 +56,21 @@ def learning(call: Callable[..., Tensor], leaves: list[Tensor], grad: Tensor) ->
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
 
     def run() -> None:
+        call(*leaves).backward(grad)
         for leaf in leaves:
             leaf.grad = None
-        call(*leaves).backward(grad)
 
     return run
 
 
 def linear(mode: str) -> Race:
+    """With units for bfloat16 both are ``F.linear``."""
+    bar = 1.0 if cpu.has_bfloat16_units() else {"fwd": 0.25, "fwd+bwd": 0.06}[mode]
     x, weight = torch.randn(256, 1024).bfloat16(), torch.randn(1024, 1024).bfloat16()
     if mode == "fwd":
-        return Race(forward(lambda: functional.linear(x, weight)), forward(lambda: F.linear(x, weight)), 0.25)
+        return Race(forward(lambda: functional.linear(x, weight)), forward(lambda: F.linear(x, weight)), bar)
     grad = torch.randn(256, 1024).bfloat16()
-    return Race(learning(functional.linear, [x, weight], grad), learning(F.linear, [x, weight], grad), 0.06)
+    return Race(learning(functional.linear, [x, weight], grad), learning(F.linear, [x, weight], grad), bar)
 
 
 def norm(shape: tuple[int, ...], size: int, mode: str, bar: float) -> Race:
@@ -132,7 +134,7 @@ class _Join(torch.autograd.Function):
         return a.view_as(a)
 
     @staticmethod
-    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, Tensor]:
         return grad, grad
 
 

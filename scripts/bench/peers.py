@@ -2,14 +2,13 @@
 
 import importlib
 from collections.abc import Callable
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-
-from src import init
 
 
 class Missing(Exception):
@@ -59,9 +58,7 @@ def megatron_cross_entropy() -> Callable[[Tensor, Tensor], Tensor]:
     """Megatron-Core's ``vocab_parallel_cross_entropy``, in a group of one gloo process; float32 logits are consumed."""
     state = library("megatron.core.parallel_state")
     if not dist.is_initialized():
-        init(device="cpu")
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+        dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{mkdtemp()}/store")
     if not state.model_parallel_is_initialized():
         state.initialize_model_parallel()
     call: Callable[[Tensor, Tensor], Tensor] = library("megatron.core.tensor_parallel").vocab_parallel_cross_entropy
