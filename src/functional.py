@@ -34,7 +34,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x [..., h]``, ``weight [h]`` -> ``x / sqrt(mean(x^2) + eps) * weight``, of x's dtype and device."""
-    return group_rms_norm(x, weight, x.shape[-1], eps)
+    return group_rms_norm(x, weight, x.size(-1), eps)
 
 
 def group_rms_norm(x: Tensor, weight: Tensor, group_size: int, eps: float) -> Tensor:
@@ -42,7 +42,7 @@ def group_rms_norm(x: Tensor, weight: Tensor, group_size: int, eps: float) -> Te
 
     Statistics in float32 or wider, one rounding at the end; the output has x's dtype and device.
     """
-    if cpu.serves(x) and weight.is_cpu and wide(weight.dtype) == wide(x.dtype):
+    if cpu.serves(x) and weight.is_cpu and (weight.dtype == x.dtype or wide(weight.dtype) == wide(x.dtype)):
         return cpu.group_rms_norm(x, weight, group_size, eps)
     groups = x.to(wide(x.dtype)).unflatten(-1, (-1, group_size))
     scale = torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps)
