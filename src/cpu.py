@@ -1,6 +1,7 @@
 """Faster bodies on CPU tensors for what ``functional`` computes: blocks of rows that stay in cache, gradients by hand.
 
-Forward has the bits of the plain bodies. A compiled graph, a tensor elsewhere and a strided one keep to those.
+Forward has the bits of the plain bodies. Each function gives None where those are to be kept: in a compiled graph, for
+tensors elsewhere, strided or of a class of their own, and for small ones, which blocks only slow down.
 """
 
 from __future__ import annotations
@@ -18,15 +19,21 @@ from torch.autograd.function import once_differentiable
 BLOCK_ELEMENTS = 2**17
 """Elements of one block of rows."""
 
-SMALL_ELEMENTS = 2**14
-"""Up to how many elements torch's own norm, one call, is the faster one."""
-
 WEIGHT_ELEMENTS = 2**20
 """Elements of one block of a weight that is widened."""
 
+MIN_ELEMENTS = 2**17
+"""From how many elements on blocks gain more than they cost, with gradients; for rotations four times as many, for
+embeddings an eighth."""
+
+MIN_ELEMENTS_FORWARD = 2**20
+"""The same for norms without gradients."""
+
+MAX_WIDTH = 2**15
+"""From this width on torch lets several threads share the sum over a single row, which changes its bits."""
+
 MIN_ROWS = 8
 """From how many rows on a widened product is the faster one: a bfloat16 weight is half as much to read."""
-
 
 HUGE_BYTES = 2**22
 """From this size on numpy asks the system for huge pages, where torch takes a page fault for every 4 KiB."""
@@ -53,30 +60,51 @@ def has_bfloat16_units() -> bool:
     return cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported() or not cpu._is_avx2_supported()
 
 
-def group_rms_norm(x: Tensor, weight: Tensor, group_size: int, eps: float) -> Tensor:
-    """``x [..., h]`` contiguous, ``weight [h]``, no wider than the statistics -> ``y [..., h]``."""
-    small = x.numel() <= SMALL_ELEMENTS and group_size == x.size(-1) and x.dtype == weight.dtype
-    if small and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
-        return torch.rms_norm(x, (group_size,), weight, eps)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """A product that ``F.linear`` would take in bfloat16, taken in float32 and rounded once; None with fast units.
+
+    ``x [..., in]``, ``weight [out, in]``, ``bias [out] -> [..., out]``.
+    """
+    if not serves(x) or has_bfloat16_units() or not weight.is_cpu or x.numel() < MIN_ROWS * x.size(-1):
+        return None
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype("cpu")
+    if dtype != torch.bfloat16:
+        return None
+    bias = None if bias is None else bias.to(dtype)
+    y: Tensor = _WideLinear.apply(x.to(dtype), weight.to(dtype), bias)  # type: ignore[no-untyped-call]
+    return y
+
+
+def group_rms_norm(x: Tensor, weight: Tensor, group_size: int, eps: float) -> Tensor | None:
+    """``x [..., h]``, ``weight [h] -> y [..., h]``."""
+    if not serves(x) or not weight.is_cpu:
+        return None
+    if x.numel() < MIN_ELEMENTS_FORWARD and not _learns(x, weight):
+        one_call = group_size == x.size(-1) and x.dtype == weight.dtype
+        return torch.rms_norm(x, (group_size,), weight, eps) if one_call else None
+    if x.numel() < MIN_ELEMENTS or x.size(-1) >= MAX_WIDTH or _wide(weight.dtype) != _wide(x.dtype):
+        return None
     y: Tensor = _GroupRMSNorm.apply(x, weight, group_size, eps)  # type: ignore[no-untyped-call]
     return y
 
 
-def shard_embedding(ids: Tensor, table: Tensor, first: int) -> Tensor:
+def shard_embedding(ids: Tensor, table: Tensor, first: int) -> Tensor | None:
     """Rows of ``table [n, e]`` for the ids in ``[first, first + n)``, zeros for all others: ``[..., e]``."""
+    if not serves(ids) or not table.is_cpu or not table.is_floating_point():
+        return None
+    if ids.numel() * table.shape[1] < MIN_ELEMENTS // 8:  # never by the table's size, which depends on the world's
+        return None
     rows: Tensor = _ShardEmbedding.apply(ids, table, first)  # type: ignore[no-untyped-call]
     return rows
 
 
-def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """``x [b, s, nh, hd]`` contiguous, tables ``[s, hd]`` or ``[b, s, hd]`` without gradients -> ``x``'s shape."""
+def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
+    """``x [b, s, nh, hd]`` turned by tables ``[s, hd]`` or ``[b, s, hd]``, unless those have gradients."""
+    if not serves(x) or x.numel() < 4 * MIN_ELEMENTS or not cos.is_cpu or _learns(cos, sin):
+        return None
     y: Tensor = _RotateHalves.apply(x, cos, sin)  # type: ignore[no-untyped-call]
-    return y
-
-
-def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x [..., in]``, ``weight [out, in] -> [..., out]``, all bfloat16, multiplied in float32 and rounded once."""
-    y: Tensor = _WideLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -88,7 +116,7 @@ class _GroupRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, size: int, eps: float) -> Tensor:
-        rows, dtype = x.view(-1, x.shape[-1] // size, size), torch.promote_types(x.dtype, torch.float32)
+        rows, dtype = x.view(-1, x.shape[-1] // size, size), _wide(x.dtype)
         gamma = weight.to(dtype).view(rows.shape[1:])
         y, scale = empty_like(rows), rows.new_empty(*rows.shape[:2], 1, dtype=dtype)
         for block in _blocks(rows):
@@ -192,6 +220,16 @@ def _rotated(x: Tensor, cos: Tensor, first_sin: Tensor, second_sin: Tensor) -> T
         out[..., half:] += wide[..., :half] * second_sin[block]
         y[block] = out
     return y.view(x.shape)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """In which statistics are taken."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _learns(*tensors: Tensor) -> bool:
+    """Whether a gradient will be asked for."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _blocks(x: Tensor, elements: int = BLOCK_ELEMENTS) -> list[slice]:

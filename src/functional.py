@@ -25,11 +25,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     On CPUs without units for bfloat16 such products are taken in float32 and rounded once.
     """
-    many = cpu.serves(x) and not cpu.has_bfloat16_units() and x.numel() >= cpu.MIN_ROWS * x.shape[-1]
-    if many and weight.is_cpu and _product_dtype(x, weight) == torch.bfloat16:
-        x, weight = x.bfloat16(), weight.bfloat16()
-        return cpu.wide_linear(x, weight, None if bias is None else bias.bfloat16())
-    return F.linear(x, weight, bias)
+    fast = cpu.linear(x, weight, bias)
+    return F.linear(x, weight, bias) if fast is None else fast
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -42,8 +39,9 @@ def group_rms_norm(x: Tensor, weight: Tensor, group_size: int, eps: float) -> Te
 
     Statistics in float32 or wider, one rounding at the end; the output has x's dtype and device.
     """
-    if cpu.serves(x) and weight.is_cpu and (weight.dtype == x.dtype or wide(weight.dtype) == wide(x.dtype)):
-        return cpu.group_rms_norm(x, weight, group_size, eps)
+    fast = cpu.group_rms_norm(x, weight, group_size, eps)
+    if fast is not None:
+        return fast
     groups = x.to(wide(x.dtype)).unflatten(-1, (-1, group_size))
     scale = torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps)
     y: Tensor = (groups * scale).flatten(-2) * weight.to(x.device)
@@ -55,8 +53,9 @@ def shard_embedding(ids: Tensor, table: Tensor, first: int) -> Tensor:
 
     Rows are selected, never multiplied by a mask: an infinite row must not leak as NaN.
     """
-    if cpu.serves(ids) and table.is_cpu and table.is_floating_point():
-        return cpu.shard_embedding(ids, table, first)
+    fast = cpu.shard_embedding(ids, table, first)
+    if fast is not None:
+        return fast
     local = ids - first
     owned = (local >= 0) & (local < table.shape[0])
     rows = F.embedding(torch.where(owned, local, 0), table)
@@ -130,8 +129,9 @@ def apply_rotary_pos_emb(input: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             f"cos {list(cos.shape)} and sin {list(sin.shape)} must both be [s, hd] = "
             f"[{input.shape[1]}, {input.shape[-1]}] for input [b, s, nh, hd] = {list(input.shape)}"
         )
-    if cpu.serves(input) and cos.is_cpu and not (cos.requires_grad or sin.requires_grad):
-        return cpu.rotate_halves(input, cos, sin)
+    fast = cpu.rotate_halves(input, cos, sin)
+    if fast is not None:
+        return fast
     cos, sin = (table.to(input.device).unsqueeze(-2) for table in (cos, sin))
     x = input.to(torch.promote_types(input.dtype, cos.dtype))
     return (x * cos + rotate_half(x) * sin).to(input.dtype)
@@ -200,12 +200,6 @@ def causal_mask(
     fillers = keys < padding.to(device).view(-1, 1, 1, 1)
     own = keys == keys[start_pos:].unsqueeze(1)
     return mask.masked_fill(fillers & ~own, -math.inf)
-
-
-def _product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """In which ``F.linear`` would multiply."""
-    dtype = torch.promote_types(x.dtype, weight.dtype)
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") and dtype != torch.float64 else dtype
 
 
 def _fits(table: Tensor, x: Tensor, width: int) -> bool:

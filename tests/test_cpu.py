@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from src import cpu
 from src import functional as fn
+from src.testing import Ranks
+from tests import test_same_bits
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -30,11 +33,17 @@ def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(cpu, "WEIGHT_ELEMENTS", elements)
 
 
-def plain(call: Callable[..., Tensor], *args: Any) -> Tensor:
+@pytest.fixture(autouse=True)
+def no_tensor_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "MIN_ELEMENTS", 0)
+    monkeypatch.setattr(cpu, "MIN_ELEMENTS_FORWARD", 0)
+
+
+def plain(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """``call`` with the bodies of ``functional``."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "serves", lambda x: False)
-        return call(*args)
+        return call(*args, **options)
 
 
 def gradients(call: Callable[..., Tensor], leaves: list[Tensor], grad: Tensor) -> list[Tensor]:
@@ -73,6 +82,28 @@ def test_norm_has_the_bits_of_the_plain_body(
         assert torch.equal(fn.group_rms_norm(x, weight, size, 1e-5), want)
         learning = fn.group_rms_norm(x.clone().requires_grad_(), weight, size, 1e-5)
         assert torch.equal(learning, want) and learning.dtype == dtype and learning.shape == shape
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("elements", [0, 2**20])
+def test_norm_of_one_row_in_one_call(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, elements: int) -> None:
+    monkeypatch.setattr(cpu, "MIN_ELEMENTS_FORWARD", elements)
+    for shape in NORM_SHAPES:
+        x, weight = numbers(0, *shape, dtype=dtype), numbers(1, shape[-1], dtype=dtype)
+        assert torch.equal(fn.rms_norm(x, weight, 1e-5), plain(fn.rms_norm, x, weight, 1e-5))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(3, 65536), (4, 262144), (5, 20000), (257, 4096)])
+def test_norm_of_wide_rows_by_several_threads(shape: tuple[int, ...], threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            x, weight = numbers(0, *shape, dtype=dtype), numbers(1, shape[-1])
+            assert torch.equal(fn.rms_norm(x, weight, 1e-5), plain(fn.rms_norm, x, weight, 1e-5))
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("blocks")
@@ -122,6 +153,23 @@ def test_shard_embedding(ids: list[list[int]], ids_dtype: torch.dtype, dtype: to
     torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [1, 300, 5000])
+def test_a_tables_gradient_has_the_bits_of_the_plain_body(dtype: torch.dtype, count: int) -> None:
+    ids = torch.randint(-20, 84, (count,), generator=torch.Generator().manual_seed(0))
+    table, grad = numbers(1, 64, 40, dtype=dtype), numbers(2, count, 40, dtype=dtype)
+    got = gradients(lambda table: fn.shard_embedding(ids, table, 0), [table], grad)
+    assert torch.equal(got[0], plain(gradients, lambda table: fn.shard_embedding(ids, table, 0), [table], grad)[0])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_large_results_are_placed_like_torchs(dtype: torch.dtype) -> None:
+    shape = torch.Size([cpu.HUGE_BYTES + 1])
+    for tensor in (cpu.empty_like(torch.empty(shape, dtype=dtype)), cpu._zeros(shape, dtype)):
+        assert (tensor.shape, tensor.dtype, tensor.data_ptr() % 64) == (shape, dtype, 0)
+    assert not tensor.any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [1, 300, 5000])
 def test_a_rows_gradient_does_not_depend_on_how_the_table_is_cut(dtype: torch.dtype, count: int) -> None:
@@ -164,7 +212,7 @@ def test_other_products_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     cases = [(8, torch.float32), (1, torch.bfloat16), (8, torch.float16)]
     want = [F.linear(numbers(0, n, 12, dtype=dtype), numbers(1, 20, 12, dtype=dtype)) for n, dtype in cases]
     wide_only(monkeypatch)
-    monkeypatch.setattr(cpu, "wide_linear", None)
+    monkeypatch.setattr(cpu, "_WideLinear", None)
     for (n, dtype), y in zip(cases, want, strict=True):
         assert torch.equal(fn.linear(numbers(0, n, 12, dtype=dtype), numbers(1, 20, 12, dtype=dtype)), y)
 
@@ -177,6 +225,23 @@ def everything(x: Tensor, weight: Tensor, table: Tensor) -> Tensor:
 
 
 LEAVES = [numbers(0, 2, 3, 8), numbers(1, 8), numbers(2, 6, 8)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_training_has_the_same_bits_at_every_size(
+    monkeypatch: pytest.MonkeyPatch, ranks: Ranks, dtype: torch.dtype, sequence_parallel: bool
+) -> None:
+    wide_only(monkeypatch)
+    args = replace(test_same_bits.DENSE, rope_pairing="halves", tie_embeddings=True)
+    run = (test_same_bits.train, args, sequence_parallel, dtype)
+    want = test_same_bits.whole(ranks.on("simulated", 1)(*run, num_shards=8))
+    slow = test_same_bits.whole(plain(ranks.on("simulated", 1), *run, num_shards=8))
+    assert dtype == torch.bfloat16 or torch.equal(want["logits"], slow["logits"])
+    assert any(not torch.equal(want[name], slow[name]) for name in want)
+    for world_size in (2, 4, 8):
+        got = test_same_bits.whole(ranks.on("simulated", world_size)(*run, num_shards=8))
+        assert [name for name in want if not torch.equal(got[name], want[name])] == []
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
