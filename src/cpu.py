@@ -39,9 +39,9 @@ HUGE_BYTES = 2**22
 """From this size on numpy asks the system for huge pages, where torch takes a page fault for every 4 KiB."""
 
 
-def serves(x: Tensor) -> bool:
+def serves(x: Tensor, contiguous: bool = True) -> bool:
     """Whether these bodies are made for ``x``."""
-    if not x.is_cpu or not x.is_contiguous() or torch.compiler.is_compiling():
+    if not x.is_cpu or (contiguous and not x.is_contiguous()) or torch.compiler.is_compiling():
         return False
     return (type(x) is Tensor or type(x) is torch.nn.Parameter) and x.numel() > 0
 
@@ -65,7 +65,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
 
     ``x [..., in]``, ``weight [out, in]``, ``bias [out] -> [..., out]``.
     """
-    if not serves(x) or has_bfloat16_units() or not weight.is_cpu or x.numel() < MIN_ROWS * x.size(-1):
+    if not serves(x, contiguous=False) or has_bfloat16_units() or not weight.is_cpu:
+        return None
+    if x.numel() < MIN_ROWS * x.size(-1):
         return None
     dtype = torch.promote_types(x.dtype, weight.dtype)
     if torch.is_autocast_enabled("cpu") and dtype != torch.float64:

@@ -42,7 +42,7 @@ def no_tensor_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
 def plain(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """``call`` with the bodies of ``functional``."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "serves", lambda x: False)
+        patch.setattr(cpu, "serves", lambda x, contiguous=True: False)
         return call(*args, **options)
 
 
@@ -127,6 +127,9 @@ def test_rotation(shape: tuple[int, ...], dtype: torch.dtype, table_dtype: torch
     got = fn.apply_rotary_pos_emb(x, cos, sin)
     assert got.dtype == dtype and torch.equal(got, plain(fn.apply_rotary_pos_emb, x, cos, sin))
     check_gradients(lambda x: fn.apply_rotary_pos_emb(x, cos, sin), [x])
+    call = (gradients, lambda x: fn.apply_rotary_pos_emb(x, cos, sin), [x], numbers(3, *shape, dtype=dtype))
+    if dtype in (torch.float32, torch.float64):
+        assert torch.equal(call[0](*call[1:])[0], plain(*call)[0])
 
 
 def test_tables_of_a_rotation_may_learn() -> None:
@@ -206,6 +209,12 @@ def test_bfloat16_products_round_once(
     want = F.linear(*(leaf.double() for leaf in leaves))
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.double(), want, rtol=2**-8, atol=1e-6)
+
+
+def test_bfloat16_products_of_strided_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide_only(monkeypatch)
+    x, weight = numbers(0, 9, 2, 12, dtype=torch.bfloat16).transpose(0, 1), numbers(1, 20, 12, dtype=torch.bfloat16)
+    assert torch.equal(fn.linear(x, weight), fn.linear(x.contiguous(), weight))
 
 
 def test_other_products_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
