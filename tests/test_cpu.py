@@ -194,21 +194,29 @@ def wide_only(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("shape", [(8, 12), (2, 9, 12), (2, 2, 4, 12)])
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("autocast", [False, True])
-def test_bfloat16_products_round_once(
-    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], biased: bool, autocast: bool
-) -> None:
+def test_bfloat16_products_round_once(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], biased: bool) -> None:
     wide_only(monkeypatch)
     leaves = [numbers(0, *shape, dtype=torch.bfloat16), numbers(1, 20, 12, dtype=torch.bfloat16)]
     leaves += [numbers(2, 20, dtype=torch.bfloat16)] if biased else []
-    if autocast:
-        leaves[1:] = [leaf.float() for leaf in leaves[1:]]
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        y = fn.linear(*leaves)
-        check_gradients(fn.linear, leaves, scale=0.5 * 2**16 if autocast else 1)
-    want = F.linear(*(leaf.double() for leaf in leaves))
+    y, want = fn.linear(*leaves), F.linear(*(leaf.double() for leaf in leaves))
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.double(), want, rtol=2**-8, atol=1e-6)
+    check_gradients(fn.linear, leaves)
+
+
+@pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float32])
+def test_bfloat16_products_under_autocast(monkeypatch: pytest.MonkeyPatch, x_dtype: torch.dtype) -> None:
+    wide_only(monkeypatch)
+    leaves = [numbers(0, 9, 300, dtype=x_dtype), numbers(1, 20, 300), numbers(2, 20)]
+    grad, rounded = numbers(3, 9, 20, dtype=torch.bfloat16), [leaf.bfloat16() for leaf in leaves]
+    want, want_gradients = fn.linear(*rounded), gradients(fn.linear, rounded, grad)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(fn.linear(*leaves), want)
+        got = gradients(fn.linear, leaves, grad)
+        double = [leaf.double() for leaf in leaves]
+        assert fn.linear(*double).dtype == torch.float64
+    for leaf, mine, theirs in zip(leaves, got, want_gradients, strict=True):
+        assert torch.equal(mine, theirs.to(leaf.dtype))
 
 
 def test_bfloat16_products_of_strided_rows(monkeypatch: pytest.MonkeyPatch) -> None:
