@@ -210,11 +210,18 @@ def test_bfloat16_products_under_autocast(monkeypatch: pytest.MonkeyPatch, x_dty
     leaves = [numbers(0, 9, 300, dtype=x_dtype), numbers(1, 20, 300), numbers(2, 20)]
     grad, rounded = numbers(3, 9, 20, dtype=torch.bfloat16), [leaf.bfloat16() for leaf in leaves]
     want, want_gradients = fn.linear(*rounded), gradients(fn.linear, rounded, grad)
+    product, cast = F.linear, []
+
+    def watched(*operands: Tensor) -> Tensor:
+        cast.append(torch.is_autocast_enabled("cpu"))
+        return product(*operands)
+
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fn.linear(*(leaf.double() for leaf in leaves)).dtype == torch.float64
+        monkeypatch.setattr(F, "linear", watched)
         assert torch.equal(fn.linear(*leaves), want)
         got = gradients(fn.linear, leaves, grad)
-        double = [leaf.double() for leaf in leaves]
-        assert fn.linear(*double).dtype == torch.float64
+    assert cast == [False, False]
     for leaf, mine, theirs in zip(leaves, got, want_gradients, strict=True):
         assert torch.equal(mine, theirs.to(leaf.dtype))
 
