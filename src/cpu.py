@@ -35,7 +35,7 @@ MAX_WIDTH = 2**15
 MIN_ROWS = 8
 """From how many rows on a widened product is the faster one: a bfloat16 weight is half as much to read."""
 
-HUGE_BYTES = 2**22
+HUGE_BYTES = 2**23
 """From this size on numpy asks the system for huge pages, where torch takes a page fault for every 4 KiB."""
 
 

@@ -75,7 +75,7 @@ NORM_SHAPES = [(1,), (7,), (48,), (1, 48), (33, 48), (2, 17, 48), (3, 1, 5, 130)
 def test_norm_has_the_bits_of_the_plain_body(
     shape: tuple[int, ...], dtype: torch.dtype, weight_dtype: torch.dtype
 ) -> None:
-    x, weight = numbers(0, *shape, dtype=dtype), numbers(1, shape[-1], dtype=weight_dtype)
+    x, weight = numbers(0, *shape, dtype=dtype), numbers(1, shape[-1]).to(weight_dtype) / 3
     for size in {size for size in (1, 2, 3, 13, 16, 128, shape[-1]) if shape[-1] % size == 0}:
         call = (fn.group_rms_norm, x, weight, size, 1e-5)
         want = plain(*call)
@@ -289,6 +289,23 @@ def test_without_gradients_and_copied() -> None:
         with context:
             got = everything(*LEAVES)
             assert torch.equal(copy.deepcopy(got), want)
+
+
+def test_strided() -> None:
+    x, ids = numbers(0, 5, 3, 4, 8).transpose(0, 1), torch.arange(12).view(3, 4).T
+    weight, table, (cos, sin) = numbers(1, 8), numbers(2, 9, 8), fn.rope_tables(5, 8, 1e4)
+    check_gradients(lambda x: fn.rms_norm(x, weight, 1e-3), [x])
+    for call in (
+        lambda: fn.rms_norm(x, weight, 1e-3),
+        lambda: fn.apply_rotary_pos_emb(x, cos, sin),
+        lambda: fn.shard_embedding(ids, table, 2),
+    ):
+        assert torch.equal(call(), plain(call))
+    y = fn.apply_rotary_pos_emb(leaf := x.contiguous().requires_grad_(), cos, sin)
+    y.sum().backward()  # an expanded gradient
+    torch.testing.assert_close(
+        leaf.grad, plain(gradients, lambda x: fn.apply_rotary_pos_emb(x, cos, sin), [x], x * 0 + 1)[0]
+    )
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8)])
