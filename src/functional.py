@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import cpu
+
 Rotation: TypeAlias = Tensor | tuple[Tensor, Tensor]
 """``freqs_cis`` for heads whose neighbours are rotated together, ``(cos, sin)`` for heads of two halves."""
 
@@ -18,9 +20,18 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x [..., in]``, ``weight [out, in]``, ``bias [out]`` -> ``x W^T + b [..., out]``, under autocast too.
+
+    On CPUs without units for bfloat16 such products are taken in float32 and rounded once.
+    """
+    fast = cpu.linear(x, weight, bias)
+    return F.linear(x, weight, bias) if fast is None else fast
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x [..., h]``, ``weight [h]`` -> ``x / sqrt(mean(x^2) + eps) * weight``, of x's dtype and device."""
-    return group_rms_norm(x, weight, x.shape[-1], eps)
+    return group_rms_norm(x, weight, x.size(-1), eps)
 
 
 def group_rms_norm(x: Tensor, weight: Tensor, group_size: int, eps: float) -> Tensor:
@@ -28,6 +39,9 @@ def group_rms_norm(x: Tensor, weight: Tensor, group_size: int, eps: float) -> Te
 
     Statistics in float32 or wider, one rounding at the end; the output has x's dtype and device.
     """
+    fast = cpu.group_rms_norm(x, weight, group_size, eps)
+    if fast is not None:
+        return fast
     groups = x.to(wide(x.dtype)).unflatten(-1, (-1, group_size))
     scale = torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps)
     y: Tensor = (groups * scale).flatten(-2) * weight.to(x.device)
@@ -39,6 +53,9 @@ def shard_embedding(ids: Tensor, table: Tensor, first: int) -> Tensor:
 
     Rows are selected, never multiplied by a mask: an infinite row must not leak as NaN.
     """
+    fast = cpu.shard_embedding(ids, table, first)
+    if fast is not None:
+        return fast
     local = ids - first
     owned = (local >= 0) & (local < table.shape[0])
     rows = F.embedding(torch.where(owned, local, 0), table)
@@ -112,6 +129,9 @@ def apply_rotary_pos_emb(input: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             f"cos {list(cos.shape)} and sin {list(sin.shape)} must both be [s, hd] = "
             f"[{input.shape[1]}, {input.shape[-1]}] for input [b, s, nh, hd] = {list(input.shape)}"
         )
+    fast = cpu.rotate_halves(input, cos, sin)
+    if fast is not None:
+        return fast
     cos, sin = (table.to(input.device).unsqueeze(-2) for table in (cos, sin))
     x = input.to(torch.promote_types(input.dtype, cos.dtype))
     return (x * cos + rotate_half(x) * sin).to(input.dtype)

@@ -37,7 +37,7 @@ FILES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path
 FLOORS = {
     "": [
         {"sharding", "rope_scaling"},
-        {"kernels", "distributed"},
+        {"kernels", "distributed", "cpu"},
         {"functional"},
         {"modeling", "sampling"},
         {"checkpoint", "tensor_parallel", "training", "generation", "rank_pool", "script_state", "verification"},

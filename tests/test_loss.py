@@ -123,6 +123,15 @@ def test_large_logits(ranks: Ranks) -> None:
     torch.testing.assert_close(grad.double(), want_grad, rtol=2e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("num_shards", [None, 8])
+def test_logits_that_a_mask_excludes(ranks: Ranks, num_shards: int | None) -> None:
+    logits, targets, grad = inputs(torch.float32)
+    targets = targets % 26 + 26
+    logits[0, :, :26], logits[1, :, 60:], logits[2, :3, 52:] = (float("-inf"),) * 3
+    case = (logits, targets, grad, {"z_loss": 1e-2})
+    check(whole(ranks.on("simulated", 4)(program, *case, num_shards=num_shards)), reference(*case), torch.float32)
+
+
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2, "vocab_size": 90}], ids=["plain", "smoothing"])
 @pytest.mark.parametrize("num_shards", [None, 8])
 def test_a_constant_added_to_all_logits_changes_nothing(

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..distributed.group import as_group
 from ..distributed.random import fill_shards, uniform
 from ..distributed.regions import copy_to_shards, join_shards, share_shards
+from ..functional import linear
 from ..sharding import MAX_SHARDS, shared_range
 from .checks import check_activations
 from .conversion import check_plain, take_parameters
@@ -108,9 +108,9 @@ class KVParallelLinear(nn.Module):
         """One ``x [..., in]`` per logical shard of this rank, from ``copy_to_shards``, to ``[..., head_dim]`` each."""
         weights = share_shards(self.weight, group=self.group, replicas=self.replicas)
         if self.bias is None:
-            return [F.linear(x, weight) for x, weight in zip(inputs, weights, strict=True)]
+            return [linear(x, weight) for x, weight in zip(inputs, weights, strict=True)]
         biases = share_shards(self.bias, group=self.group, replicas=self.replicas)
-        return [F.linear(x, weight, bias) for x, weight, bias in zip(inputs, weights, biases, strict=True)]
+        return [linear(x, weight, bias) for x, weight, bias in zip(inputs, weights, biases, strict=True)]
 
     def extra_repr(self) -> str:
         return (

@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..distributed.group import as_group
@@ -31,6 +30,7 @@ from ..distributed.regions import (
     scatter_to_region,
     split_shards,
 )
+from ..functional import linear
 from ..sharding import MAX_SHARDS, shard_size
 from .checks import check_activations
 from .conversion import check_plain, take_parameters
@@ -151,7 +151,7 @@ class ColumnParallelLinear(_ParallelLinear):
         """
         weights = split_shards(self.weight, group=self.group, dim=0)
         biases = [None] * len(weights) if self.bias is None else self.group.split(self.bias)
-        return [F.linear(x, weight, bias) for x, weight, bias in zip(inputs, weights, biases, strict=True)]
+        return [linear(x, weight, bias) for x, weight, bias in zip(inputs, weights, biases, strict=True)]
 
 
 class RowParallelLinear(_ParallelLinear):
@@ -194,7 +194,7 @@ class RowParallelLinear(_ParallelLinear):
     def forward_shards(self, inputs: Sequence[Tensor]) -> Tensor:
         """One ``x [..., in/V]`` per logical shard of this rank to ``y [..., out]``."""
         weights = split_shards(self.weight, group=self.group, dim=1)
-        terms = [F.linear(x, weight) for x, weight in zip(inputs, weights, strict=True)]
+        terms = [linear(x, weight) for x, weight in zip(inputs, weights, strict=True)]
         if not self.sequence_parallel:
             y = reduce_from_shards(terms, group=self.group)
             return y if self.bias is None else y + self.bias

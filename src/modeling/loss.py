@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..cpu import empty_like
 from ..distributed.collectives import all_gather
 from ..distributed.group import Group, group_or_single
 from ..distributed.reduction import tree_sum
@@ -72,8 +73,9 @@ def vocab_parallel_cross_entropy(
             per_token += z_loss * (top + log_sum).square()
         kept = flat != ignore_index
         per_token = per_token.masked_fill(~kept, 0)
-    slopes = (1 - label_smoothing, label_smoothing / vocab_size, z_loss)
-    loss: Tensor = _Loss.apply(rows, per_token, top, log_sum, flat, kept, slopes, pieces)  # type: ignore[no-untyped-call]
+        shares = local[:, 1] * (local[:, 0] - top - log_sum).exp() * (1 + 2 * z_loss * (top + log_sum))
+    slopes = (1 - label_smoothing, label_smoothing / vocab_size)
+    loss: Tensor = _Loss.apply(rows, per_token, shares, flat, kept, slopes, pieces)  # type: ignore[no-untyped-call]
     if reduction == "none":
         return loss.view(targets.shape)
     return loss.sum() if reduction == "sum" else loss.sum() / kept.sum()
@@ -113,14 +115,18 @@ def _statistics(rows: Tensor, targets: Tensor, piece: _Piece, with_sum: bool) ->
     owned, column = piece.locate(targets)
     for block in piece.blocks(len(rows)):
         x = rows[block, piece.columns].to(out.dtype)
-        top = x.amax(-1).clamp_min(torch.finfo(out.dtype).min)
-        below = x - top[:, None]
-        out[0, block] = top
+        finite = _finite(x)
+        out[0, block] = finite.amax(-1)
+        out[1, block] = torch.softmax(finite, -1).amax(-1).reciprocal()  # the largest is exp(0) over the sum
         out[2, block] = x.gather(-1, column[block, None]).squeeze(-1).masked_fill(~owned[block], 0)
         if with_sum:
-            out[3, block] = below.sum(-1)
-        out[1, block] = below.exp_().sum(-1)
+            out[3, block] = (x - out[0, block, None]).sum(-1)
     return out
+
+
+def _finite(x: Tensor) -> Tensor:
+    """``x`` with logits of -inf, of which a row may have no others, as small as they can be."""
+    return x.clamp_min(torch.finfo(x.dtype).min)
 
 
 def _combine(statistics: Tensor, real: list[int]) -> list[Tensor]:
@@ -140,6 +146,8 @@ class _Loss(torch.autograd.Function):
     """Gives ``per_token`` its gradient in the logits, recomputed from them block by block.
 
     d per_token = (1 + 2 z lse) * softmax - slope_target * onehot(target) - slope_sum
+
+    ``shares [pieces, n]`` has the first factor and what turns a softmax within a piece into that over all logits.
     """
 
     @staticmethod
@@ -147,37 +155,37 @@ class _Loss(torch.autograd.Function):
         ctx: Any,
         rows: Tensor,
         per_token: Tensor,
-        top: Tensor,
-        log_sum: Tensor,
+        shares: Tensor,
         targets: Tensor,
         kept: Tensor,
-        slopes: tuple[float, float, float],
+        slopes: tuple[float, float],
         pieces: list[_Piece],
     ) -> Tensor:
-        ctx.save_for_backward(rows, top, log_sum, targets, kept)
+        ctx.save_for_backward(rows, shares, targets, kept)
         ctx.slopes, ctx.pieces = slopes, pieces
         return per_token.view_as(per_token)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, top, log_sum, targets, kept = ctx.saved_tensors
-        slope_target, slope_sum, z_loss = ctx.slopes
+        rows, shares, targets, kept = ctx.saved_tensors
+        slope_target, slope_sum = ctx.slopes
         grad = grad.masked_fill(~kept, 0)[:, None]
-        top, log_sum = top[:, None], log_sum[:, None]
-        by_lse = grad * (1 + 2 * z_loss * (top + log_sum))
-        out = torch.empty_like(rows, memory_format=torch.contiguous_format)
-        for piece in ctx.pieces:
+        out = empty_like(rows)
+        for piece, share in zip(ctx.pieces, shares, strict=True):
             out[:, piece.columns.stop : piece.stop] = 0
+            if piece.valid == 0:
+                continue
             owned, column = piece.locate(targets)
             at_target = (-slope_target * grad).masked_fill(~owned[:, None], 0)
+            by_softmax = share[:, None] * grad
             for block in piece.blocks(len(rows)):
-                below = rows[block, piece.columns].to(top.dtype) - top[block]
-                softmax = below.sub_(log_sum[block]).exp_()
-                slope = softmax.mul_(by_lse[block]).sub_(slope_sum * grad[block])
-                if piece.valid:
-                    out[block, piece.columns] = slope.scatter_add_(-1, column[block, None], at_target[block])
-        return out, None, None, None, None, None, None, None
+                softmax = torch.softmax(_finite(rows[block, piece.columns].to(share.dtype)), -1)
+                slope = softmax.mul_(by_softmax[block])
+                if slope_sum:
+                    slope.sub_(slope_sum * grad[block])
+                out[block, piece.columns] = slope.scatter_add_(-1, column[block, None], at_target[block])
+        return out, None, None, None, None, None, None
 
 
 def _check_shapes(logits: Tensor, targets: Tensor, group: Group) -> None:
