@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .kernels import lookup
+
 Rotation: TypeAlias = Tensor | tuple[Tensor, Tensor]
 """``freqs_cis`` for heads whose neighbours are rotated together, ``(cos, sin)`` for heads of two halves."""
 
@@ -28,9 +30,13 @@ def group_rms_norm(x: Tensor, weight: Tensor, group_size: int, eps: float) -> Te
 
     Statistics in float32 or wider, one rounding at the end; the output has x's dtype and device.
     """
+    y: Tensor
+    if kernel := lookup("group_rms_norm", x, weight, group_size):
+        y = kernel(x, weight, group_size, eps)
+        return y
     groups = x.to(wide(x.dtype)).unflatten(-1, (-1, group_size))
     scale = torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps)
-    y: Tensor = (groups * scale).flatten(-2) * weight.to(x.device)
+    y = (groups * scale).flatten(-2) * weight.to(x.device)
     return y.to(x.dtype)
 
 
@@ -39,6 +45,9 @@ def shard_embedding(ids: Tensor, table: Tensor, first: int) -> Tensor:
 
     Rows are selected, never multiplied by a mask: an infinite row must not leak as NaN.
     """
+    if kernel := lookup("shard_embedding", ids, table):
+        found: Tensor = kernel(ids, table, first)
+        return found
     local = ids - first
     owned = (local >= 0) & (local < table.shape[0])
     rows = F.embedding(torch.where(owned, local, 0), table)
@@ -47,6 +56,9 @@ def shard_embedding(ids: Tensor, table: Tensor, first: int) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """``silu(gate) * up`` (Shazeer 2020, "GLU Variants Improve Transformer")."""
+    if kernel := lookup("swiglu", gate, up):
+        y: Tensor = kernel(gate, up)
+        return y
     return F.silu(gate) * up
 
 
@@ -112,6 +124,9 @@ def apply_rotary_pos_emb(input: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             f"cos {list(cos.shape)} and sin {list(sin.shape)} must both be [s, hd] = "
             f"[{input.shape[1]}, {input.shape[-1]}] for input [b, s, nh, hd] = {list(input.shape)}"
         )
+    if kernel := lookup("rotate", (input,), (cos, sin)):
+        turned: Tensor = kernel((input,), (cos, sin))[0]
+        return turned
     cos, sin = (table.to(input.device).unsqueeze(-2) for table in (cos, sin))
     x = input.to(torch.promote_types(input.dtype, cos.dtype))
     return (x * cos + rotate_half(x) * sin).to(input.dtype)
@@ -138,6 +153,9 @@ def rotate_neighbours(x: Tensor, freqs_cis: Tensor) -> Tensor:
             f"freqs_cis must be [s, hd / 2] = [{x.shape[1]}, {x.shape[-1] // 2}] for x {list(x.shape)}, "
             f"got {list(freqs_cis.shape)}"
         )
+    if kernel := lookup("rotate", (x,), (freqs_cis,)):
+        turned: Tensor = kernel((x,), (freqs_cis,))[0]
+        return turned
     pairs = torch.view_as_complex(x.to(wide(x.dtype)).unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * freqs_cis.to(x.device).unsqueeze(-2)).flatten(-2).to(x.dtype)
 
@@ -145,6 +163,15 @@ def rotate_neighbours(x: Tensor, freqs_cis: Tensor) -> Tensor:
 def rotate_heads(x: Tensor, rotation: Rotation) -> Tensor:
     """``x [b, s, nh, hd]`` rotated by ``freqs_cis`` (neighbours) or by ``(cos, sin)`` (halves)."""
     return apply_rotary_pos_emb(x, *rotation) if isinstance(rotation, tuple) else rotate_neighbours(x, rotation)
+
+
+def rotate_queries_and_keys(q: Tensor, k: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+    """``rotate_heads`` of ``q [b, s, nq, hd]`` and ``k [b, s, nk, hd]``, in one launch where a kernel serves them."""
+    tables = rotation if isinstance(rotation, tuple) else (rotation,)
+    if kernel := lookup("rotate", (q, k), tables):
+        q, k = kernel((q, k), tables)
+        return q, k
+    return rotate_heads(q, rotation), rotate_heads(k, rotation)
 
 
 def neighbours_to_halves(weight: Tensor, num_heads: int) -> Tensor:

@@ -13,6 +13,7 @@ from ..distributed.collectives import all_gather
 from ..distributed.group import Group, group_or_single
 from ..distributed.reduction import tree_sum
 from ..functional import wide
+from ..kernels import lookup
 from ..sharding import valid_size
 from .checks import check_ids
 
@@ -107,6 +108,9 @@ class _Piece:
 def _statistics(rows: Tensor, targets: Tensor, piece: _Piece, with_sum: bool) -> Tensor:
     """``[3 or 4, n]``: maximum, sum of exponentials below it, target logit (0 if it lies elsewhere), and on request
     the sum of the logits below the maximum."""
+    if kernel := lookup("cross_entropy_statistics", rows, targets):
+        found: Tensor = kernel(rows, targets, piece, with_sum)
+        return found
     out = rows.new_zeros(4 if with_sum else 3, len(rows), dtype=wide(rows.dtype))
     if piece.valid == 0:
         return out
@@ -167,6 +171,11 @@ class _Loss(torch.autograd.Function):
         top, log_sum = top[:, None], log_sum[:, None]
         by_lse = grad * (1 + 2 * z_loss * (top + log_sum))
         out = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        if kernel := lookup("cross_entropy_gradient", rows, targets):
+            vectors = (top, log_sum), (by_lse, slope_target * grad, slope_sum * grad)
+            for piece in ctx.pieces:
+                kernel(out, rows, targets, piece, *vectors)
+            return out, None, None, None, None, None, None, None
         for piece in ctx.pieces:
             out[:, piece.columns.stop : piece.stop] = 0
             owned, column = piece.locate(targets)

@@ -1,0 +1,133 @@
+"""Cross-entropy over one logical shard of the vocabulary: statistics of the logits, and their gradient."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import DTYPES, launch, warps
+
+LANES, VECTOR = 512, 8
+BLOCK = 4096
+
+
+class Piece(Protocol):
+    """A logical shard: its first vocabulary id, its columns in the local logits, and how many of them are real."""
+
+    first: int
+    start: int
+    stop: int
+    valid: int
+
+
+def supports(rows: Tensor, targets: Tensor) -> bool:
+    """Whether the kernels serve these."""
+    return rows.dtype in DTYPES and targets.dtype == torch.int64 and rows.is_contiguous() and targets.is_contiguous()
+
+
+def cross_entropy_statistics(rows: Tensor, targets: Tensor, piece: Piece, with_sum: bool) -> Tensor:
+    """``rows [n, columns]``, ``targets [n]`` -> ``[3 or 4, n]`` in float32.
+
+    Maximum, sum of exponentials below it, target logit (0 if it lies elsewhere), sum of the logits below the maximum.
+    Each row belongs to one program: its numbers do not depend on the other rows.
+    """
+    out = rows.new_zeros(4 if with_sum else 3, len(rows), dtype=torch.float32)
+    if piece.valid:
+        settings = {"VALID": piece.valid, "LANES": LANES, "VECTOR": VECTOR, "WITH_SUM": with_sum}
+        logits, stride = rows[:, piece.start :], rows.shape[1]
+        arguments = (logits, targets, out, len(rows), stride, piece.first)
+        launch(_statistics, (len(rows),), *arguments, **settings, num_warps=warps(LANES * VECTOR))
+    return out
+
+
+def cross_entropy_gradient(
+    out: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    piece: Piece,
+    statistics: tuple[Tensor, Tensor],
+    slopes: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Write the columns of ``piece`` of the gradient ``out [n, columns]``; those that pad the vocabulary become 0.
+
+    ``statistics [n]``: maximum and log of the sum below it. ``slopes [n]``: of the softmax, of the target's logit and
+    of every logit.
+    """
+    width = piece.stop - piece.start
+    settings = {"WIDTH": width, "VALID": piece.valid, "BLOCK": BLOCK}
+    places = (rows[:, piece.start :], out[:, piece.start :], targets)
+    vectors = [vector.contiguous() for vector in (*statistics, *slopes)]
+    grid = (len(rows), triton.cdiv(width, BLOCK))
+    launch(_gradient, grid, *places, *vectors, rows.shape[1], piece.first, **settings, num_warps=warps(BLOCK))
+
+
+@triton.jit
+def _statistics(
+    logits,
+    targets,
+    out,
+    rows,
+    stride,
+    first,
+    VALID: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    WITH_SUM: tl.constexpr,
+):
+    """Each lane keeps a maximum and a sum of its own, combined once after the loop: one exponential a logit."""
+    LOWEST: tl.constexpr = -3.4028234663852886e38
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    top = tl.full([LANES], LOWEST, tl.float32)
+    exps = tl.zeros([LANES], tl.float32)
+    sums = tl.zeros([LANES], tl.float32)
+    seen = tl.zeros([LANES], tl.float32)
+    for start in range(0, VALID, LANES * VECTOR):
+        real = start + at < VALID
+        x = tl.load(logits + row * stride + start + at, real, float("-inf")).to(tl.float32)
+        higher = tl.maximum(top, tl.max(x, 1))
+        below = x - higher[:, None]
+        exps = exps * tl.exp(top - higher) + tl.sum(tl.exp(below), 1)
+        if WITH_SUM:
+            sums += tl.where(seen > 0, seen * (top - higher), 0.0) + tl.sum(tl.where(real, below, 0.0), 1)
+            seen += tl.sum(real.to(tl.float32), 1)
+        top = higher
+    highest = tl.max(top, 0)
+    tl.store(out + row, highest)
+    tl.store(out + rows + row, tl.sum(exps * tl.exp(top - highest), 0))
+    column = tl.load(targets + row) - first
+    owned = (column >= 0) & (column < VALID)
+    tl.store(out + 2 * rows + row, tl.load(logits + row * stride + column, owned, 0.0).to(tl.float32))
+    if WITH_SUM:
+        sums += tl.where(seen > 0, seen * (top - highest), 0.0)
+        tl.store(out + 3 * rows + row, tl.sum(sums, 0))
+
+
+@triton.jit
+def _gradient(
+    logits,
+    out,
+    targets,
+    top,
+    log_sum,
+    by_softmax,
+    by_target,
+    by_all,
+    stride,
+    first,
+    WIDTH: tl.constexpr,
+    VALID: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(logits + row * stride + column, column < VALID, 0.0).to(tl.float32)
+    softmax = tl.exp(x - tl.load(top + row) - tl.load(log_sum + row))
+    slope = softmax * tl.load(by_softmax + row) - tl.load(by_all + row)
+    slope = tl.where(column == tl.load(targets + row) - first, slope - tl.load(by_target + row), slope)
+    slope = tl.where(column < VALID, slope, 0.0)
+    tl.store(out + row * stride + column, slope.to(out.dtype.element_ty), column < WIDTH)
