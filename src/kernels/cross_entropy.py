@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .launch import DTYPES, launch, warps
 
-LANES, VECTOR = 512, 8
 BLOCK = 4096
 
 
@@ -37,10 +36,11 @@ def cross_entropy_statistics(rows: Tensor, targets: Tensor, piece: Piece, with_s
     """
     out = rows.new_zeros(4 if with_sum else 3, len(rows), dtype=torch.float32)
     if piece.valid:
-        settings = {"VALID": piece.valid, "LANES": LANES, "VECTOR": VECTOR, "WITH_SUM": with_sum}
+        vector = 16 // rows.element_size()
+        settings = {"VALID": piece.valid, "LANES": BLOCK // vector, "VECTOR": vector, "WITH_SUM": with_sum}
         logits, stride = rows[:, piece.start :], rows.shape[1]
         arguments = (logits, targets, out, len(rows), stride, piece.first)
-        launch(_statistics, (len(rows),), *arguments, **settings, num_warps=warps(LANES * VECTOR))
+        launch(_statistics, (len(rows),), *arguments, **settings, num_warps=warps(BLOCK))
     return out
 
 
@@ -78,7 +78,10 @@ def _statistics(
     VECTOR: tl.constexpr,
     WITH_SUM: tl.constexpr,
 ):
-    """Each lane keeps a maximum and a sum of its own, combined once after the loop: one exponential a logit."""
+    """Each lane keeps a maximum and a sum of its own, combined once after the loop: one exponential a logit.
+
+    A lane is one 128-bit load wide, so that the loop passes nothing between threads.
+    """
     LOWEST: tl.constexpr = -3.4028234663852886e38
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from .launch import DTYPES, launch, power_of_two, warps
 
 TILE = 2048
-TOKENS = 8
+TOKENS, COLUMNS = 4, 1024
 
 
 def supports(ids: Tensor, table: Tensor) -> bool:
@@ -53,10 +53,10 @@ class _ShardEmbedding(torch.autograd.Function):
         found, order = local.sort(stable=True)
         starts = torch.searchsorted(found, torch.arange(ctx.height + 1, device=ids.device, dtype=found.dtype))
         grad = dy.new_empty(ctx.height, width, dtype=ctx.dtype)
-        block = min(TILE // TOKENS, power_of_two(width))
+        block = min(COLUMNS, power_of_two(width))
         settings = {"WIDTH": width, "BLOCK": block, "TOKENS": TOKENS}
         grid = (ctx.height, triton.cdiv(width, block))
-        launch(_sum, grid, order, starts, dy.contiguous(), grad, **settings, num_warps=warps(TILE))
+        launch(_sum, grid, order, starts, dy.contiguous(), grad, **settings, num_warps=warps(2 * COLUMNS))
         return None, grad, None
 
 

@@ -14,6 +14,7 @@ from .launch import DTYPES, launch, power_of_two, warps
 
 TILE = 2048
 WIDEST = 16384
+PARTS = 256
 
 
 def supports(x: Tensor, weight: Tensor, group_size: int) -> bool:
@@ -50,7 +51,7 @@ class _GroupRMSNorm(torch.autograd.Function):
         width, size, block = weight.numel(), ctx.size, power_of_two(ctx.size)
         rows = x.numel() // width
         # The number of rows alone decides how they are cut and summed: the gradient's bits depend on nothing else.
-        height = min(64, power_of_two(max(1, rows // 256)))
+        height = min(64, power_of_two(max(1, rows // PARTS)))
         tile = min(power_of_two(width // size), max(1, TILE // block))
         grid = (triton.cdiv(rows, height), triton.cdiv(width, tile * size))
         dx, partial = torch.empty_like(x), x.new_empty(grid[0], width, dtype=torch.float32)
