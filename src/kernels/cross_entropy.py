@@ -84,7 +84,8 @@ def _statistics(
     """
     LOWEST: tl.constexpr = -3.4028234663852886e38
     row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    lane = tl.arange(0, LANES) * VECTOR
+    at = lane[:, None] + tl.arange(0, VECTOR)[None, :]
     top = tl.full([LANES], LOWEST, tl.float32)
     exps = tl.zeros([LANES], tl.float32)
     sums = tl.zeros([LANES], tl.float32)
@@ -97,7 +98,7 @@ def _statistics(
         exps = exps * tl.exp(top - higher) + tl.sum(tl.exp(below), 1)
         if WITH_SUM:
             sums += tl.where(seen > 0, seen * (top - higher), 0.0) + tl.sum(tl.where(real, below, 0.0), 1)
-            seen += tl.sum(real.to(tl.float32), 1)
+            seen += tl.minimum(tl.maximum(VALID - start - lane, 0), VECTOR).to(tl.float32)
         top = higher
     highest = tl.max(top, 0)
     tl.store(out + row, highest)
