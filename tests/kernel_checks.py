@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from src import Group
 from src import functional as fn
 from src.kernels import norm, registry
 from src.modeling import loss, vocab_parallel_cross_entropy
@@ -111,8 +112,11 @@ def test_norm_of_zeros_without_eps_spoils_no_other_row() -> None:
     y, dx, dw = results(lambda x, w: fn.rms_norm(x, w, 0.0), [x, numbers(1, 12)], [numbers(2, 3, 12)])
     assert y[1].isnan().all() and dw.isnan().all()
     assert y[[0, 2]].isfinite().all() and dx[[0, 2]].isfinite().all()
-    y, dx, dw = results(lambda x, w: fn.rms_norm(x, w, 0.0), [x[:1], numbers(1, 12)], [numbers(2, 1, 12)])
-    assert dw.isfinite().all()
+
+
+def test_norm_without_eps_keeps_absent_rows_out_of_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norm, "PARTS", 1)
+    compare(lambda x, w: fn.rms_norm(x, w, 0.0), numbers(0, 3, 12), numbers(1, 12))
 
 
 def test_norm_of_strided_input() -> None:
@@ -223,6 +227,17 @@ def test_cross_entropy(
     assert served == ["cross_entropy_statistics"] + 2 * ["cross_entropy_statistics", "cross_entropy_gradient"]
     assert torch.equal(logits.nan_to_num(), before.nan_to_num())
     assert not grad[2].any() and not grad[:, vocab_size:].any()
+
+
+def test_cross_entropy_of_a_shard_among_others() -> None:
+    logits, targets = numbers(0, 3, 74), torch.tensor([1, 40, 69], device=DEVICE)
+
+    def f(logits: Tensor, num_shards: int) -> Tensor:
+        group = Group.single(num_shards)
+        return vocab_parallel_cross_entropy(logits, targets, group=group, vocab_size=70, reduction="none")
+
+    for num_shards in (1, 2):
+        compare(lambda logits, n=num_shards: f(logits, n), logits, factor=2)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4, -1e4])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,10 @@ def compile_for_sm90(kernel: Any, arguments: tuple[Any, ...], settings: dict[str
     warps = settings.pop("num_warps")
     values = dict(zip(kernel.arg_names, arguments, strict=False)) | settings
     signature, constants, attributes = {}, {}, {}
-    for i, (name, value) in enumerate(values.items()):
-        if name in settings or (isinstance(value, int) and value == 1):
+    for i, name in enumerate(kernel.arg_names):
+        value = values[name]
+        plain = kernel.params[i].do_not_specialize
+        if name in settings or (isinstance(value, int) and value == 1 and not plain):
             signature[name], constants[(i,)] = "constexpr", value
             continue
         number = value.data_ptr() if isinstance(value, Tensor) else value
@@ -51,7 +54,7 @@ def compile_for_sm90(kernel: Any, arguments: tuple[Any, ...], settings: dict[str
             signature[name] = POINTERS[value.dtype]
         else:
             signature[name] = "i32" if isinstance(value, int) else "fp32"
-        if isinstance(number, int) and number % 16 == 0:
+        if isinstance(number, int) and number % 16 == 0 and not plain:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
@@ -96,15 +99,22 @@ def embedding_of(width: int) -> None:
     there_and_back(lambda table: embedding.shard_embedding(ids, table, 16), empty(32, width))
 
 
+@dataclass
 class Shard:
-    first, start, stop, valid = 16032, 0, 16032, 16032
+    start: int = 0
+    stop: int = 16032
+    first: int = 16032
+
+    @property
+    def valid(self) -> int:
+        return self.stop - self.start
 
 
 def cross_entropy_of(with_sum: bool, dtype: torch.dtype = torch.bfloat16) -> None:
-    rows, targets = empty(16, Shard.stop, dtype=dtype), torch.zeros(16, dtype=torch.int64)
+    rows, targets = empty(16, Shard().stop, dtype=dtype), torch.zeros(16, dtype=torch.int64)
     top, log_sum, *slopes = torch.zeros(5, 16)
-    cross_entropy.cross_entropy_statistics(rows, targets, Shard, with_sum)
-    shared = (Shard, (top, log_sum), (slopes[0], slopes[1], slopes[2]))
+    cross_entropy.cross_entropy_statistics(rows, targets, Shard(), with_sum)
+    shared = (Shard(), (top, log_sum), (slopes[0], slopes[1], slopes[2]))
     cross_entropy.cross_entropy_gradient(torch.empty_like(rows), rows, targets, *shared)
 
 
@@ -147,3 +157,25 @@ def test_no_spills_and_wide_loads(case: str, monkeypatch: pytest.MonkeyPatch, tm
             # 16 logits a thread; one more in the loop and one after it for each lane, which is 128 bits.
             assert code.count("MUFU.EX2") <= 16 + 2 * arguments[0].element_size()
             assert "SHFL" not in code[: code.index("MUFU.EX2")]
+
+
+def test_sums_do_not_depend_on_where_a_shard_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another alignment would be another kernel, with another order of summation."""
+    targets = torch.zeros(4, dtype=torch.int64)
+    places = [
+        (empty(4, 1000), Shard(0, 1000, 0)),
+        (empty(4, 2000), Shard(1000, 2000, 1000)),
+        (empty(4 * 1000 + 1)[1:].view(4, 1000), Shard(0, 1000, 3000)),
+    ]
+
+    def statistics() -> None:
+        for rows, shard in places:
+            cross_entropy.cross_entropy_statistics(rows, targets, shard, True)
+
+    def norms() -> None:
+        for offset in (0, 1):
+            x = empty(4 * 1000 + offset)[offset:].view(4, 1000)
+            there_and_back(lambda x, w: norm.group_rms_norm(x, w, 100, 1e-5), x, empty(1000))
+
+    for call, kinds in ((statistics, 1), (norms, 2)):
+        assert len({compile_for_sm90(*launch).hash for launch in launches(monkeypatch, call)}) == kinds

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import DTYPES, launch, warps
+from .launch import DTYPES, aligned, launch, warps
 
 BLOCK = 4096
 
@@ -38,9 +38,9 @@ def cross_entropy_statistics(rows: Tensor, targets: Tensor, piece: Piece, with_s
     if piece.valid:
         vector = 16 // rows.element_size()
         settings = {"VALID": piece.valid, "LANES": BLOCK // vector, "VECTOR": vector, "WITH_SUM": with_sum}
-        logits, stride = rows[:, piece.start :], rows.shape[1]
-        arguments = (logits, targets, out, len(rows), stride, piece.first)
-        launch(_statistics, (len(rows),), *arguments, **settings, num_warps=warps(BLOCK))
+        width, shard, shards = _layout(rows, piece)
+        arguments = (aligned(rows), targets, out, len(rows), shard, shards, piece.first)
+        launch(_statistics, (len(rows),), *arguments, WIDTH=width, **settings, num_warps=warps(BLOCK))
     return out
 
 
@@ -57,22 +57,32 @@ def cross_entropy_gradient(
     ``statistics [n]``: maximum and log of the sum below it. ``slopes [n]``: of the softmax, of the target's logit and
     of every logit.
     """
-    width = piece.stop - piece.start
+    width, shard, shards = _layout(rows, piece)
     settings = {"WIDTH": width, "VALID": piece.valid, "BLOCK": BLOCK}
-    places = (rows[:, piece.start :], out[:, piece.start :], targets)
     vectors = [vector.contiguous() for vector in (*statistics, *slopes)]
     grid = (len(rows), triton.cdiv(width, BLOCK))
-    launch(_gradient, grid, *places, *vectors, rows.shape[1], piece.first, **settings, num_warps=warps(BLOCK))
+    places = (shard, shards, piece.first)
+    launch(_gradient, grid, rows, out, targets, *vectors, *places, **settings, num_warps=warps(BLOCK))
 
 
-@triton.jit
+def _layout(rows: Tensor, piece: Piece) -> tuple[int, int, int]:
+    """Width of a logical shard, which of the shards here it is, and their number."""
+    width = piece.stop - piece.start
+    return width, piece.start // width, rows.shape[1] // width
+
+
+# Where a shard begins follows from its constant width, and is not specialized on: a shard among others is loaded, and
+# so summed, like the only one of a rank.
+@triton.jit(do_not_specialize=["shard", "shards", "first"])
 def _statistics(
     logits,
     targets,
     out,
     rows,
-    stride,
+    shard,
+    shards,
     first,
+    WIDTH: tl.constexpr,
     VALID: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -85,6 +95,7 @@ def _statistics(
     LOWEST: tl.constexpr = -3.4028234663852886e38
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, LANES) * VECTOR
+    logits += (row * shards + shard) * WIDTH
     at = lane[:, None] + tl.arange(0, VECTOR)[None, :]
     top = tl.full([LANES], LOWEST, tl.float32)
     exps = tl.zeros([LANES], tl.float32)
@@ -92,7 +103,7 @@ def _statistics(
     seen = tl.zeros([LANES], tl.float32)
     for start in range(0, VALID, LANES * VECTOR):
         real = start + at < VALID
-        x = tl.load(logits + row * stride + start + at, real, float("-inf")).to(tl.float32)
+        x = tl.load(logits + start + at, real, float("-inf")).to(tl.float32)
         higher = tl.maximum(top, tl.max(x, 1))
         below = x - higher[:, None]
         exps = exps * tl.exp(top - higher) + tl.sum(tl.exp(below), 1)
@@ -105,13 +116,13 @@ def _statistics(
     tl.store(out + rows + row, tl.sum(exps * tl.exp(top - highest), 0))
     column = tl.load(targets + row) - first
     owned = (column >= 0) & (column < VALID)
-    tl.store(out + 2 * rows + row, tl.load(logits + row * stride + column, owned, 0.0).to(tl.float32))
+    tl.store(out + 2 * rows + row, tl.load(logits + column, owned, 0.0).to(tl.float32))
     if WITH_SUM:
         sums += tl.where(seen > 0, seen * (top - highest), 0.0)
         tl.store(out + 3 * rows + row, tl.sum(sums, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shard", "shards", "first"])
 def _gradient(
     logits,
     out,
@@ -121,7 +132,8 @@ def _gradient(
     by_softmax,
     by_target,
     by_all,
-    stride,
+    shard,
+    shards,
     first,
     WIDTH: tl.constexpr,
     VALID: tl.constexpr,
@@ -129,9 +141,10 @@ def _gradient(
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(logits + row * stride + column, column < VALID, 0.0).to(tl.float32)
+    place = (row * shards + shard) * WIDTH + column
+    x = tl.load(logits + place, column < VALID, 0.0).to(tl.float32)
     softmax = tl.exp(x - tl.load(top + row) - tl.load(log_sum + row))
     slope = softmax * tl.load(by_softmax + row) - tl.load(by_all + row)
     slope = tl.where(column == tl.load(targets + row) - first, slope - tl.load(by_target + row), slope)
     slope = tl.where(column < VALID, slope, 0.0)
-    tl.store(out + row * stride + column, slope.to(out.dtype.element_ty), column < WIDTH)
+    tl.store(out + place, slope.to(out.dtype.element_ty), column < WIDTH)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .launch import DTYPES, launch, power_of_two, warps
+from .launch import DTYPES, aligned, launch, power_of_two, warps
 
 TILE = 2048
 TOKENS, COLUMNS = 4, 1024
@@ -47,16 +47,15 @@ class _ShardEmbedding(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (ids,) = ctx.saved_tensors
         width = dy.shape[-1]
-        local = ids.flatten() - ctx.first
-        local = torch.where((local >= 0) & (local < ctx.height), local, ctx.height)
         # A stable sort keeps the tokens of one id in their order: each row of the gradient is a sum in a fixed order.
-        found, order = local.sort(stable=True)
+        # Ids of other shards come before row 0 and after the last one.
+        found, order = (ids.flatten() - ctx.first).sort(stable=True)
         starts = torch.searchsorted(found, torch.arange(ctx.height + 1, device=ids.device, dtype=found.dtype))
         grad = dy.new_empty(ctx.height, width, dtype=ctx.dtype)
         block = min(COLUMNS, power_of_two(width))
         settings = {"WIDTH": width, "BLOCK": block, "TOKENS": TOKENS}
         grid = (ctx.height, triton.cdiv(width, block))
-        launch(_sum, grid, order, starts, dy.contiguous(), grad, **settings, num_warps=warps(2 * COLUMNS))
+        launch(_sum, grid, order, starts, aligned(dy), grad, **settings, num_warps=warps(2 * COLUMNS))
         return None, grad, None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -14,6 +15,16 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: Any)
     if all(grid):
         with torch.cuda.device_of(arguments[0]):
             kernel[grid](*arguments, **settings)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """``x``, or a copy of it, contiguous from a 16-byte boundary on.
+
+    Triton deals the numbers of an unaligned tensor out to threads in another way, and so sums them in another order: the
+    bits of a sum would depend on where a shard begins in memory.
+    """
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def power_of_two(number: int) -> int:

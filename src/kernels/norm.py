@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .launch import DTYPES, launch, power_of_two, warps
+from .launch import DTYPES, aligned, launch, power_of_two, warps
 
 TILE = 2048
 WIDEST = 16384
@@ -33,7 +33,7 @@ class _GroupRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, size: int, eps: float) -> Tensor:
-        x, weight = x.contiguous(), weight.contiguous()
+        x, weight = aligned(x), aligned(weight)
         ctx.save_for_backward(x, weight)
         ctx.size, ctx.eps = size, eps
         y, block = torch.empty_like(x), power_of_two(size)
@@ -56,7 +56,7 @@ class _GroupRMSNorm(torch.autograd.Function):
         grid = (triton.cdiv(rows, height), triton.cdiv(width, tile * size))
         dx, partial = torch.empty_like(x), x.new_empty(grid[0], width, dtype=torch.float32)
         settings = {"WIDTH": width, "SIZE": size, "TILE": tile, "BLOCK": block, "ROWS": height}
-        arguments = (x, weight, dy.contiguous(), dx, partial, rows, ctx.eps)
+        arguments = (x, weight, aligned(dy), dx, partial, rows, ctx.eps)
         launch(_backward, grid, *arguments, **settings, num_warps=warps(tile * block))
         return dx, partial.sum(0).to(weight.dtype), None, None
 
