@@ -76,6 +76,7 @@ def test_lookup_finds_kernels() -> None:
         ("group_rms_norm", (X, W.to("meta"), 4)),
         ("group_rms_norm", (X.as_subclass(Subclass), W, 4)),
         ("group_rms_norm", (X, torch.ones(1), 4)),
+        ("group_rms_norm", (X, W, 3)),
         ("group_rms_norm", (torch.ones(1, 32768), torch.ones(32768), 32768)),
         ("swiglu", (X, X[:1])),
         ("swiglu", (X, X.half())),

@@ -20,8 +20,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: Any)
 def aligned(x: Tensor) -> Tensor:
     """``x``, or a copy of it, contiguous from a 16-byte boundary on.
 
-    Triton deals the numbers of an unaligned tensor out to threads in another way, and so sums them in another order: the
-    bits of a sum would depend on where a shard begins in memory.
+    Triton deals the numbers of an unaligned tensor out to threads in another way, and so sums them in another order:
+    the bits of a sum would depend on where a shard begins in memory.
     """
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()

@@ -19,7 +19,8 @@ PARTS = 256
 
 def supports(x: Tensor, weight: Tensor, group_size: int) -> bool:
     """Whether the kernel serves these: wider groups do not fit in the registers of one program."""
-    return x.dtype in DTYPES and weight.dtype in DTYPES and group_size <= WIDEST and weight.shape == x.shape[-1:]
+    fits = weight.shape == x.shape[-1:] and 0 < group_size <= WIDEST and x.shape[-1] % group_size == 0
+    return fits and x.dtype in DTYPES and weight.dtype in DTYPES
 
 
 def group_rms_norm(x: Tensor, weight: Tensor, group_size: int, eps: float) -> Tensor:

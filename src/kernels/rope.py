@@ -22,6 +22,7 @@ def supports(heads: tuple[Tensor, ...], rotation: tuple[Tensor, ...]) -> bool:
     return (
         all(h.dim() == 4 and h.dtype in DTYPES and h.dtype == x.dtype for h in heads)
         and all(h.shape[:2] == x.shape[:2] and h.shape[3] == x.shape[3] for h in heads)
+        and all(h.shape[:3].numel() < 2**31 - TILE for h in heads)
         and x.shape[-1] % 2 == 0
         and 0 < x.shape[-1] <= TILE
         and all(t.dtype in ((torch.complex64,) if len(rotation) == 1 else DTYPES) for t in rotation)
@@ -101,25 +102,36 @@ def _rotate(
     """The first ``q_blocks`` programs serve q, the others k: ``TILE`` heads each, of one token or of several."""
     block = tl.program_id(0)
     if block < q_blocks:
-        at, token, here = _places(q_batch, q_token, q_head, q_heads, tokens, length, block, TILE)
-        row = tl.cast(block, tl.int64) * TILE + tl.arange(0, TILE)[:, None]
-        table = token // length * table_batch + token % length * DIM
-        _rotate_tile(q + at, q_out + row * DIM, cos + table, sin + table, here, DIM, BLOCK, NEIGHBOURS, BACK)
+        at, to, table, here = _places(q_batch, q_token, q_head, q_heads, table_batch, tokens, length, block, TILE, DIM)
+        _rotate_tile(q + at, q_out + to, cos + table, sin + table, here, DIM, BLOCK, NEIGHBOURS, BACK)
     else:
         block -= q_blocks
-        at, token, here = _places(k_batch, k_token, k_head, k_heads, tokens, length, block, TILE)
-        row = tl.cast(block, tl.int64) * TILE + tl.arange(0, TILE)[:, None]
-        table = token // length * table_batch + token % length * DIM
-        _rotate_tile(k + at, k_out + row * DIM, cos + table, sin + table, here, DIM, BLOCK, NEIGHBOURS, BACK)
+        at, to, table, here = _places(k_batch, k_token, k_head, k_heads, table_batch, tokens, length, block, TILE, DIM)
+        _rotate_tile(k + at, k_out + to, cos + table, sin + table, here, DIM, BLOCK, NEIGHBOURS, BACK)
 
 
 @triton.jit
-def _places(batch_stride, token_stride, head_stride, heads, tokens, length, block, TILE: tl.constexpr):
-    """Of each head of a block: where it begins, its token, and whether it exists."""
-    row = tl.cast(block, tl.int64) * TILE + tl.arange(0, TILE)[:, None]
-    token = row // heads
-    at = token // length * batch_stride + token % length * token_stride + row % heads * head_stride
-    return at, token, token < tokens
+def _places(
+    batch_stride,
+    token_stride,
+    head_stride,
+    heads,
+    table_batch,
+    tokens,
+    length,
+    block,
+    TILE: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    """Where each head of a block begins, where it goes, where its angles are, and whether it exists.
+
+    Heads are counted in 32 bits, in which division is cheap, and addressed in 64.
+    """
+    row = block * TILE + tl.arange(0, TILE)[:, None]
+    token, head = row // heads, (row % heads).to(tl.int64)
+    batch, position = (token // length).to(tl.int64), (token % length).to(tl.int64)
+    at = batch * batch_stride + position * token_stride + head * head_stride
+    return at, row.to(tl.int64) * DIM, batch * table_batch + position * DIM, token < tokens
 
 
 @triton.jit
