@@ -101,7 +101,7 @@ def _backward(
 ):
     """``ROWS`` rows of ``TILE`` groups, and the sum of these rows' gradients of ``weight``.
 
-    Each row is loaded a second time after its sums are known (a cache hit): held in registers it would spill.
+    A row is loaded a second time, from the cache, once its sums are known: wide ones do not stay in registers.
     """
     column = (tl.program_id(1) * TILE + tl.arange(0, TILE)[:, None]) * SIZE + tl.arange(0, BLOCK)[None, :]
     inside = (tl.arange(0, BLOCK)[None, :] < SIZE) & (column < WIDTH)
