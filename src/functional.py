@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import cpu
+from .kernels import lookup
 
 Rotation: TypeAlias = Tensor | tuple[Tensor, Tensor]
 """``freqs_cis`` for heads whose neighbours are rotated together, ``(cos, sin)`` for heads of two halves."""
@@ -39,12 +40,16 @@ def group_rms_norm(x: Tensor, weight: Tensor, group_size: int, eps: float) -> Te
 
     Statistics in float32 or wider, one rounding at the end; the output has x's dtype and device.
     """
+    y: Tensor
+    if kernel := lookup("group_rms_norm", x, weight, group_size):
+        y = kernel(x, weight, group_size, eps)
+        return y
     fast = cpu.group_rms_norm(x, weight, group_size, eps)
     if fast is not None:
         return fast
     groups = x.to(wide(x.dtype)).unflatten(-1, (-1, group_size))
     scale = torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps)
-    y: Tensor = (groups * scale).flatten(-2) * weight.to(x.device)
+    y = (groups * scale).flatten(-2) * weight.to(x.device)
     return y.to(x.dtype)
 
 
@@ -53,6 +58,9 @@ def shard_embedding(ids: Tensor, table: Tensor, first: int) -> Tensor:
 
     Rows are selected, never multiplied by a mask: an infinite row must not leak as NaN.
     """
+    if kernel := lookup("shard_embedding", ids, table):
+        found: Tensor = kernel(ids, table, first)
+        return found
     fast = cpu.shard_embedding(ids, table, first)
     if fast is not None:
         return fast
@@ -64,6 +72,9 @@ def shard_embedding(ids: Tensor, table: Tensor, first: int) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """``silu(gate) * up`` (Shazeer 2020, "GLU Variants Improve Transformer")."""
+    if kernel := lookup("swiglu", gate, up):
+        y: Tensor = kernel(gate, up)
+        return y
     return F.silu(gate) * up
 
 
@@ -129,6 +140,9 @@ def apply_rotary_pos_emb(input: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             f"cos {list(cos.shape)} and sin {list(sin.shape)} must both be [s, hd] = "
             f"[{input.shape[1]}, {input.shape[-1]}] for input [b, s, nh, hd] = {list(input.shape)}"
         )
+    if kernel := lookup("rotate", (input,), (cos, sin)):
+        turned: Tensor = kernel((input,), (cos, sin))[0]
+        return turned
     fast = cpu.rotate_halves(input, cos, sin)
     if fast is not None:
         return fast
@@ -158,6 +172,9 @@ def rotate_neighbours(x: Tensor, freqs_cis: Tensor) -> Tensor:
             f"freqs_cis must be [s, hd / 2] = [{x.shape[1]}, {x.shape[-1] // 2}] for x {list(x.shape)}, "
             f"got {list(freqs_cis.shape)}"
         )
+    if kernel := lookup("rotate", (x,), (freqs_cis,)):
+        turned: Tensor = kernel((x,), (freqs_cis,))[0]
+        return turned
     pairs = torch.view_as_complex(x.to(wide(x.dtype)).unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * freqs_cis.to(x.device).unsqueeze(-2)).flatten(-2).to(x.dtype)
 
@@ -165,6 +182,15 @@ def rotate_neighbours(x: Tensor, freqs_cis: Tensor) -> Tensor:
 def rotate_heads(x: Tensor, rotation: Rotation) -> Tensor:
     """``x [b, s, nh, hd]`` rotated by ``freqs_cis`` (neighbours) or by ``(cos, sin)`` (halves)."""
     return apply_rotary_pos_emb(x, *rotation) if isinstance(rotation, tuple) else rotate_neighbours(x, rotation)
+
+
+def rotate_queries_and_keys(q: Tensor, k: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+    """``rotate_heads`` of ``q [b, s, nq, hd]`` and ``k [b, s, nk, hd]``, in one launch where a kernel serves them."""
+    tables = rotation if isinstance(rotation, tuple) else (rotation,)
+    if kernel := lookup("rotate", (q, k), tables):
+        q, k = kernel((q, k), tables)
+        return q, k
+    return rotate_heads(q, rotation), rotate_heads(k, rotation)
 
 
 def neighbours_to_halves(weight: Tensor, num_heads: int) -> Tensor:

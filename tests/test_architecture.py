@@ -63,6 +63,10 @@ FLOORS = {
         {"hugging_face"},
         {"meta"},
     ],
+    "kernels": [
+        {"registry", "launch"},
+        {"norm", "rope", "swiglu", "embedding", "cross_entropy"},
+    ],
     "modeling": [
         {"config", "checks", "conversion", "parameters"},
         {"norm", "pos_emb", "linear", "kv_linear", "dropout", "vocab_emb", "loss"},

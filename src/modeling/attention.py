@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..distributed.group import group_or_single
 from ..distributed.random import SEED_STRIDE
 from ..distributed.regions import copy_to_shards, gather_to_shards
-from ..functional import Rotation, rotate_heads
+from ..functional import Rotation, rotate_queries_and_keys
 from ..sharding import shard_size
 from .checks import check_activations
 from .config import ModelArgs
@@ -75,7 +75,8 @@ class Attention(nn.Module):
         self._check_positions(x, start_pos, mask)
         inputs = (gather_to_shards if self.sequence_parallel else copy_to_shards)(x, group=self.group)
         q, k, v = (self._heads(projection, inputs) for projection in (self.wq, self.wk, self.wv))
-        q, k = ([rotate_heads(heads, freqs_cis) for heads in shards] for shards in (q, k))
+        turned = [rotate_queries_and_keys(*heads, freqs_cis) for heads in zip(q, k, strict=True)]
+        q, k = (list(heads) for heads in zip(*turned, strict=True))
         if start_pos > 0 or not torch.is_grad_enabled():
             k, v = self._through_cache(k, v, start_pos)
         heads = [self._attend(*qkv, mask) for qkv in zip(q, k, v, strict=True)]

@@ -14,6 +14,7 @@ from ..distributed.collectives import all_gather
 from ..distributed.group import Group, group_or_single
 from ..distributed.reduction import tree_sum
 from ..functional import wide
+from ..kernels import lookup
 from ..sharding import valid_size
 from .checks import check_ids
 
@@ -74,8 +75,9 @@ def vocab_parallel_cross_entropy(
         kept = flat != ignore_index
         per_token = per_token.masked_fill(~kept, 0)
         shares = local[:, 1] * (local[:, 0] - top - log_sum).exp() * (1 + 2 * z_loss * (top + log_sum))
-    slopes = (1 - label_smoothing, label_smoothing / vocab_size)
-    loss: Tensor = _Loss.apply(rows, per_token, shares, flat, kept, slopes, pieces)  # type: ignore[no-untyped-call]
+    slopes = (1 - label_smoothing, label_smoothing / vocab_size, z_loss)
+    saved = (shares, top, log_sum, flat, kept)
+    loss: Tensor = _Loss.apply(rows, per_token, saved, slopes, pieces)  # type: ignore[no-untyped-call]
     if reduction == "none":
         return loss.view(targets.shape)
     return loss.sum() if reduction == "sum" else loss.sum() / kept.sum()
@@ -109,6 +111,9 @@ class _Piece:
 def _statistics(rows: Tensor, targets: Tensor, piece: _Piece, with_sum: bool) -> Tensor:
     """``[3 or 4, n]``: maximum, sum of exponentials below it, target logit (0 if it lies elsewhere), and on request
     the sum of the logits below the maximum."""
+    if kernel := lookup("cross_entropy_statistics", rows, targets):
+        found: Tensor = kernel(rows, targets, piece, with_sum)
+        return found
     out = rows.new_zeros(4 if with_sum else 3, len(rows), dtype=wide(rows.dtype))
     if piece.valid == 0:
         return out
@@ -155,23 +160,28 @@ class _Loss(torch.autograd.Function):
         ctx: Any,
         rows: Tensor,
         per_token: Tensor,
-        shares: Tensor,
-        targets: Tensor,
-        kept: Tensor,
-        slopes: tuple[float, float],
+        saved: tuple[Tensor, ...],
+        slopes: tuple[float, float, float],
         pieces: list[_Piece],
     ) -> Tensor:
-        ctx.save_for_backward(rows, shares, targets, kept)
+        ctx.save_for_backward(rows, *saved)
         ctx.slopes, ctx.pieces = slopes, pieces
         return per_token.view_as(per_token)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, shares, targets, kept = ctx.saved_tensors
-        slope_target, slope_sum = ctx.slopes
+        rows, shares, top, log_sum, targets, kept = ctx.saved_tensors
+        slope_target, slope_sum, z_loss = ctx.slopes
         grad = grad.masked_fill(~kept, 0)[:, None]
         out = empty_like(rows)
+        if kernel := lookup("cross_entropy_gradient", rows, targets):
+            top, log_sum = top[:, None], log_sum[:, None]
+            by_lse = grad * (1 + 2 * z_loss * (top + log_sum))
+            vectors = (top, log_sum), (by_lse, slope_target * grad, slope_sum * grad)
+            for piece in ctx.pieces:
+                kernel(out, rows, targets, piece, *vectors)
+            return out, None, None, None, None
         for piece, share in zip(ctx.pieces, shares, strict=True):
             out[:, piece.columns.stop : piece.stop] = 0
             if piece.valid == 0:
@@ -185,7 +195,7 @@ class _Loss(torch.autograd.Function):
                 if slope_sum:
                     slope.sub_(slope_sum * grad[block])
                 out[block, piece.columns] = slope.scatter_add_(-1, column[block, None], at_target[block])
-        return out, None, None, None, None, None, None
+        return out, None, None, None, None
 
 
 def _check_shapes(logits: Tensor, targets: Tensor, group: Group) -> None:

@@ -1,0 +1,255 @@
+"""Each kernel against the body in float64, values and gradients. ``test_kernels.py`` runs this file: on the CPU in
+Triton's interpreter, which has to be chosen before Triton is imported, and on a GPU where there is one.
+
+The interpreter truncates where a GPU rounds to bfloat16, so that is compared to one unit in the last place. It needs
+milliseconds a program: small grids.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from src import Group
+from src import functional as fn
+from src.kernels import norm, registry
+from src.modeling import loss, vocab_parallel_cross_entropy
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+EPSILON = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 2**-7}
+dtypes = pytest.mark.parametrize("dtype", EPSILON, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The ops that a kernel served."""
+    ops: list[str] = []
+
+    def lookup(op: str, *arguments: Any) -> Any:
+        kernel = registry.lookup(op, *arguments)
+        ops.extend([op] * (kernel is not None))
+        return kernel
+
+    monkeypatch.setattr(registry, "DEVICES", (DEVICE,))
+    monkeypatch.setattr(fn, "lookup", lookup)
+    monkeypatch.setattr(loss, "lookup", lookup)
+    return ops
+
+
+def numbers(seed: int, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1) -> Tensor:
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(DEVICE, dtype)
+
+
+def results(function: Callable[..., Any], tensors: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    """What ``function`` gives for the tensors, and its gradients in them."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    out = function(*leaves)
+    outs = out if isinstance(out, tuple) else (out,)
+    torch.autograd.backward(outs, grads)
+    return [*(y.detach() for y in outs), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def compare(function: Callable[..., Any], *tensors: Tensor, factor: float = 1, scale: float = 1) -> list[Tensor]:
+    """Hold the kernel against the body on float64; two runs have the same bits."""
+    dtype = tensors[0].dtype
+    with torch.no_grad():
+        outs = function(*tensors)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    grads = [numbers(100 + i, *y.shape, dtype=y.dtype, scale=scale) for i, y in enumerate(outs)]
+    got, again = (results(function, list(tensors), grads) for _ in range(2))
+    want = results(function, [t.double() for t in tensors], [g.double() for g in grads])
+    for one, two, body in zip(got, again, want, strict=True):
+        assert torch.equal(one, two)
+        tolerance = factor * EPSILON[dtype]
+        size = body[body.isfinite()].abs().max().item() if body.isfinite().any() else 0
+        torch.testing.assert_close(one.double(), body, rtol=tolerance, atol=tolerance * size)
+    assert all(y.dtype == x.dtype for y, x in zip(got[len(outs) :], tensors, strict=True))
+    return got
+
+
+@dtypes
+@pytest.mark.parametrize("shape, size", [((3, 48), 48), ((2, 3, 48), 16), ((5, 36), 12), ((3, 4100), 4100), ((7,), 1)])
+def test_norm(dtype: torch.dtype, shape: tuple[int, ...], size: int, served: list[str]) -> None:
+    got = compare(
+        lambda x, w: fn.group_rms_norm(x, w, size, 1e-2), numbers(0, *shape, dtype=dtype), numbers(1, shape[-1])
+    )
+    assert got[0].dtype == dtype and served == 3 * ["group_rms_norm"]
+
+
+def test_norm_with_several_rows_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norm, "PARTS", 2)
+    compare(lambda x, w: fn.group_rms_norm(x, w, 12, 1e-5), numbers(0, 11, 36), numbers(1, 36))
+
+
+@pytest.mark.parametrize("dtype, weight_dtype", [(torch.float32, torch.float16), (torch.float16, torch.bfloat16)])
+def test_norm_with_a_weight_of_another_dtype(dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+    factor = EPSILON[weight_dtype] / EPSILON[dtype]
+    got = compare(
+        lambda x, w: fn.rms_norm(x, w, 1e-5),
+        numbers(0, 4, 8, dtype=dtype),
+        numbers(1, 8, dtype=weight_dtype),
+        factor=factor,
+    )
+    assert got[0].dtype == dtype
+
+
+@pytest.mark.parametrize("value", [300.0, 60000.0])
+def test_norm_of_large_half_activations(value: float) -> None:
+    x = torch.linspace(-value, value, 40, device=DEVICE).half()
+    got = compare(lambda x, w: fn.group_rms_norm(x, w, 20, 1e-5), x, numbers(1, 40))
+    assert all(t.isfinite().all() for t in got)
+
+
+def test_norm_of_zeros_without_eps_spoils_no_other_row() -> None:
+    x = numbers(0, 3, 12)
+    x[1] = 0
+    y, dx, dw = results(lambda x, w: fn.rms_norm(x, w, 0.0), [x, numbers(1, 12)], [numbers(2, 3, 12)])
+    assert y[1].isnan().all() and dw.isnan().all()
+    assert y[[0, 2]].isfinite().all() and dx[[0, 2]].isfinite().all()
+
+
+def test_norm_without_eps_keeps_absent_rows_out_of_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norm, "PARTS", 1)
+    compare(lambda x, w: fn.rms_norm(x, w, 0.0), numbers(0, 3, 12), numbers(1, 12))
+
+
+def test_norm_of_strided_input() -> None:
+    x, weight = numbers(0, 12, 5).t(), numbers(1, 12)
+    got = compare(lambda x, w: fn.group_rms_norm(x, w, 6, 1e-5), x, weight)
+    assert got[0].is_contiguous()
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [(3, 5), (2, 1111), (0, 4)])
+def test_swiglu(dtype: torch.dtype, shape: tuple[int, ...], served: list[str]) -> None:
+    if 0 in shape:
+        empty = numbers(0, *shape, dtype=dtype)
+        assert all(t.shape == shape for t in results(fn.swiglu, [empty, empty], [empty]))
+        return
+    compare(fn.swiglu, numbers(0, *shape, dtype=dtype, scale=3), numbers(1, *shape, dtype=dtype), factor=2)
+    assert served == 3 * ["swiglu"]
+
+
+def test_swiglu_of_extreme_gates() -> None:
+    gate = torch.tensor([-60000.0, -100.0, 0.0, 100.0, 60000.0], device=DEVICE).half()
+    assert all(t.isfinite().all() for t in compare(fn.swiglu, gate, torch.full_like(gate, 0.5), scale=0.1))
+
+
+def tables(kind: str, length: int, dim: int, batch: int | None, dtype: torch.dtype) -> fn.Rotation:
+    """Rotations, those of one row of a batch unlike those of the next."""
+    if kind == "neighbours":
+        freqs = fn.precompute_freqs_cis(dim, length + 2).to(DEVICE)
+        return freqs[:length] if batch is None else torch.stack([freqs[i : i + length] for i in range(batch)])
+    pair = fn.rope_tables(length + 2, dim, 10000, dtype=dtype, device=DEVICE)
+    cos, sin = (t[:length] if batch is None else torch.stack([t[i : i + length] for i in range(batch)]) for t in pair)
+    return cos, sin
+
+
+@dtypes
+@pytest.mark.parametrize("kind", ["halves", "neighbours"])
+@pytest.mark.parametrize("dim, nq, nk, batched", [(8, 4, 1, False), (12, 3, 3, True), (128, 5, 2, False)])
+def test_rotation(dtype: torch.dtype, kind: str, dim: int, nq: int, nk: int, batched: bool, served: list[str]) -> None:
+    rotation = tables(kind, 3, dim, 2 if batched else None, torch.float32)
+    q, k = numbers(0, 2, 3, nq, dim, dtype=dtype), numbers(1, 2, 3, nk, dim, dtype=dtype)
+    compare(lambda q, k: fn.rotate_queries_and_keys(q, k, rotation), q, k, factor=2)
+    assert served == 3 * ["rotate"]
+
+
+def test_rotation_by_tables_whose_halves_differ_in_a_narrow_dtype(served: list[str]) -> None:
+    cos, sin = numbers(2, 5, 6, dtype=torch.bfloat16), numbers(3, 5, 6, dtype=torch.bfloat16)
+    compare(lambda x: fn.apply_rotary_pos_emb(x, cos, sin), numbers(0, 1, 5, 2, 6))
+    assert served == 3 * ["rotate"]
+
+
+@pytest.mark.parametrize("kind", ["halves", "neighbours"])
+def test_rotation_of_strided_heads(kind: str) -> None:
+    rotation = tables(kind, 3, 8, None, torch.float32)
+    packed, apart = numbers(0, 2, 3, 5, 8), numbers(1, 2, 3, 8, 2).transpose(2, 3)
+    compare(lambda q, k: fn.rotate_queries_and_keys(q, k, rotation), packed[:, :, 1:4], apart)
+
+    def attended(q: Tensor, k: Tensor) -> Tensor:
+        q, k = fn.rotate_queries_and_keys(q, k, rotation)
+        return q.transpose(1, 2) @ k.permute(0, 2, 3, 1)
+
+    compare(attended, packed[:, :, :2], packed[:, :, 2:4], factor=2)
+
+
+@pytest.mark.parametrize("kind", ["halves", "neighbours"])
+def test_only_one_of_the_rotated_needs_a_gradient(kind: str) -> None:
+    rotation, k = tables(kind, 3, 8, None, torch.float32), numbers(1, 2, 3, 1, 8)
+    compare(lambda q: fn.rotate_queries_and_keys(q, k.to(q.dtype), rotation)[0], numbers(0, 2, 3, 2, 8), factor=2)
+
+
+@dtypes
+@pytest.mark.parametrize("width", [3, 24])
+@pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64])
+def test_embedding(dtype: torch.dtype, width: int, id_dtype: torch.dtype, served: list[str]) -> None:
+    ids = torch.tensor([[4, 9, 3, 4, 4, 9], [0, 4, 4, 99, 6, 4]], dtype=id_dtype, device=DEVICE)
+    before = ids.clone()
+    y, grad = compare(lambda table: fn.shard_embedding(ids, table, 4), numbers(0, 6, width, dtype=dtype), factor=2)
+    assert served == 3 * ["shard_embedding"] and torch.equal(ids, before)
+    assert not y[(ids < 4) | (ids > 9)].any() and not grad[[1, 3, 4]].any()
+
+
+def test_embedding_selects_rows_and_does_not_multiply() -> None:
+    table, ids = numbers(0, 4, 3), torch.tensor([3, 4, 5, 8], device=DEVICE)
+    table[0], table[1] = math.inf, math.nan
+    grad = numbers(1, 4, 3)
+    grad[0], grad[3] = math.inf, math.nan
+    rows, dtable = results(lambda table: fn.shard_embedding(ids, table, 4), [table], [grad])
+    assert torch.equal(rows[1], table[0]) and rows[2].isnan().all() and not rows[[0, 3]].any()
+    assert torch.equal(dtable[:2], grad[1:3]) and not dtable[2:].any()
+
+
+TARGETS = [3, 0, -100, 4099, 7]
+
+
+@dtypes
+@pytest.mark.parametrize("smoothing, z_loss", [(0.0, 0.0), (0.1, 0.01)])
+@pytest.mark.parametrize("columns, vocab_size", [(4100, 4100), (4111, 4101)])
+def test_cross_entropy(
+    dtype: torch.dtype, smoothing: float, z_loss: float, columns: int, vocab_size: int, served: list[str]
+) -> None:
+    def f(logits: Tensor) -> Tensor:
+        options: dict[str, Any] = {"vocab_size": vocab_size, "label_smoothing": smoothing, "z_loss": z_loss}
+        return vocab_parallel_cross_entropy(logits, targets, group=None, reduction="none", **options)
+
+    targets, logits = torch.tensor(TARGETS, device=DEVICE), numbers(0, 5, columns, dtype=dtype, scale=3)
+    logits[:, vocab_size:] = math.nan
+    before = logits.clone()
+    _, grad = compare(f, logits, factor=2)
+    assert served == ["cross_entropy_statistics"] + 2 * ["cross_entropy_statistics", "cross_entropy_gradient"]
+    assert torch.equal(logits.nan_to_num(), before.nan_to_num())
+    assert not grad[2].any() and not grad[:, vocab_size:].any()
+
+
+def test_cross_entropy_of_a_shard_among_others() -> None:
+    logits, targets = numbers(0, 3, 74), torch.tensor([1, 40, 69], device=DEVICE)
+
+    def f(logits: Tensor, num_shards: int) -> Tensor:
+        group = Group.single(num_shards)
+        return vocab_parallel_cross_entropy(logits, targets, group=group, vocab_size=70, reduction="none")
+
+    for num_shards in (1, 2):
+        compare(lambda logits, n=num_shards: f(logits, n), logits, factor=2)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4, -1e4])
+def test_cross_entropy_far_from_zero_and_with_no_chance(offset: float) -> None:
+    logits, targets = numbers(0, 4, 37, scale=4).round() + offset, torch.tensor([1, 5, 36, 9], device=DEVICE)
+    logits[0, 2:30] = -math.inf
+    logits[2, :36] = -math.inf
+    loss_, grad = compare(lambda x: vocab_parallel_cross_entropy(x, targets, group=None, reduction="none"), logits)
+    assert loss_.isfinite().all() and grad.isfinite().all() and loss_[2] == 0
+
+
+def test_cross_entropy_gradient_takes_any_scale() -> None:
+    logits, targets = numbers(0, 3, 37, dtype=torch.float16), torch.tensor([1, 5, 36], device=DEVICE)
+    f = lambda x: vocab_parallel_cross_entropy(x, targets, group=None, label_smoothing=0.1)  # noqa: E731
+    compare(f, logits, scale=1000)
