@@ -119,7 +119,10 @@ def open_tokenizer(path: Path) -> Any:
     file = companion(path, "tokenizer.json")
     if file is None:
         raise ValueError(f"{path} has no tokenizer.json")
-    return Tokenizer.from_file(str(file))
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:
+        raise ValueError(f"cannot read {file}: {error}") from None
 
 
 def stop_tokens(options: argparse.Namespace, tokenizer: Any) -> list[int]:

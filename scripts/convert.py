@@ -49,6 +49,8 @@ def convert(group: Group, options: argparse.Namespace) -> None:
     quiet = group.rank > 0
     began = time.perf_counter()
     kind = format_of(options.source)
+    if options.target.exists():
+        raise ValueError(f"{options.target} exists; choose another path, or remove it first")
     changes = {"rope_pairing": "neighbours"} if options.to == "meta" and kind == "hugging-face" else None
     with Bar("reading", quiet) as bar:
         dtype = getattr(torch, options.dtype)

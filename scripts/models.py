@@ -35,6 +35,10 @@ def format_of(path: Path) -> Format:
 
     Raises ValueError when it is none of these.
     """
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; names on the Hub are not downloaded")
+    if (path / "checkpoints").is_dir():
+        raise ValueError(f"{path} is a run; give one of its checkpoints, {path / 'checkpoints' / 'step-...'}")
     for mark, found in MARKS.items():
         if (path / mark).exists():
             return found

@@ -84,9 +84,7 @@ def parse_options(description: str | None, argv: Sequence[str] | None = None) ->
     text.add_argument("--vocab-size", type=int, default=4096, help="of the byte-level BPE (%(default)s)")
 
     model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model", type=Path, metavar="DIR", help="start from this model and its tokenizer: " + MODEL_HELP
-    )
+    model.add_argument("--model", type=Path, metavar="DIR", help=MODEL_HELP)
     model.add_argument("--layers", type=int, default=2, help="(%(default)s)")
     model.add_argument("--dim", type=int, default=128, help="hidden size (%(default)s)")
     model.add_argument("--heads", type=int, default=8, help="(%(default)s)")

@@ -122,7 +122,8 @@ def test_streamed_text_is_the_decoded_text(model: Path, capfd: pytest.CaptureFix
     [
         (("--temperature", "-1"), "temperature=-1.0 must not be negative"),
         (("--stop", "the quick"), r"--stop 'the quick' is \d tokens, not one"),
-        (("--model", "no/such/place"), "no directory of a model"),
+        (("--model", "no/such/place"), "no/such/place does not exist"),
+        (("--model", "tests"), "tests is no directory of a model"),
         (("--simulate", "3"), "n_heads=8"),
     ],
 )

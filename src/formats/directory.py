@@ -29,11 +29,18 @@ def new_directory(path: str | Path, group: Group) -> Iterator[Path]:
         barrier(group)
         if group.rank == 0:
             shutil.rmtree(building, ignore_errors=True)
-            building.mkdir(parents=True)
+            _make(building, path)
         yield building
         if group.rank == 0:
             building.rename(path)
         barrier(group)
+
+
+def _make(building: Path, path: Path) -> None:
+    try:
+        building.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"cannot make {path}: {error.strerror}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
