@@ -10,4 +10,5 @@ cd "$(dirname "$0")/../.."
 "${PYTHON:-python3}" -m venv build/peers
 pip=(build/peers/bin/python -m pip install --quiet --disable-pip-version-check)
 "${pip[@]}" torch==2.13.0 numpy transformers==5.23.0
-"${pip[@]}" --no-deps megatron-core==0.16.1
+"${pip[@]}" --no-deps megatron-core==0.16.1 accelerate==1.15.0
+"${pip[@]}" psutil pyyaml
