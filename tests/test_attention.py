@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from src import Group
 from src.modeling import Attention, ModelArgs
+from src.modeling.attention import Mask
 from src.testing import RankFailed, Ranks
 
 from .test_linear import whole
@@ -90,18 +91,19 @@ def attention(group: Group | None = None, args: ModelArgs = ARGS) -> Attention:
     return Attention(args, group=group, dtype=torch.float64)
 
 
-def forward_backward(group: Group, args: ModelArgs, mask: Tensor | None) -> Any:
+def forward_backward(group: Group, args: ModelArgs, mask: Mask) -> Any:
     return traced(attention(group, args), 0, freqs(), mask)
 
 
 @pytest.mark.ranks(1, 2, 4, gloo=2)
 @pytest.mark.parametrize("num_shards", [None, 4])
 @pytest.mark.parametrize("kv_heads", [None, 4])
-@pytest.mark.parametrize("mask", [None, causal()], ids=["full", "causal"])
-def test_values_and_gradients(ranks: Ranks, num_shards: int | None, kv_heads: int | None, mask: Tensor | None) -> None:
+@pytest.mark.parametrize("mask", [None, causal(), "causal"], ids=["full", "mask", "causal"])
+def test_values_and_gradients(ranks: Ranks, num_shards: int | None, kv_heads: int | None, mask: Mask) -> None:
     args = ModelArgs(dim=32, n_heads=8, n_kv_heads=kv_heads)
     results = ranks(forward_backward, args, mask, num_shards=num_shards)
-    check_against(lambda weights, x: reference_attention(weights, x, freqs(), mask, args), results)
+    expected = causal() if isinstance(mask, str) else mask
+    check_against(lambda weights, x: reference_attention(weights, x, freqs(), expected, args), results)
 
 
 def steps(module: Attention, x: Tensor, lengths: list[int]) -> Tensor:
@@ -227,6 +229,10 @@ def test_errors_of_the_inputs() -> None:
         module(x, 0, freqs(), causal().float())
     with pytest.raises(ValueError, match=r"mask must be \[s, start_pos \+ s\] = \[2, 5\], got \[2, 2\]"):
         module(x[:, :2], 3, freqs(3, 2), causal(0, 2))
+    with pytest.raises(ValueError, match=r"""mask='masked' is neither a tensor nor "causal\""""):
+        module(x, 0, freqs(), "masked")
+    with pytest.raises(ValueError, match=r'mask="causal" is for start_pos=0, not 3: pass functional.causal_mask'):
+        module(x[:, :2], 3, freqs(3, 2), "causal")
     with pytest.raises(ValueError, match=r"start_pos=-1 must not be negative"):
         module(x, -1, freqs())
     with pytest.raises(ValueError, match=r"Attention expects \[b, s, 32\], got a tensor of shape \[12, 32\]"):

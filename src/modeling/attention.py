@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from .config import ModelArgs
 from .dropout import ParallelDropout
 from .kv_linear import KVParallelLinear
 from .linear import ColumnParallelLinear, RowParallelLinear
+
+Mask: TypeAlias = Tensor | Literal["causal"] | None
+"""What queries must not see: an additive tensor, "causal" (later positions, without a mask in memory), or nothing."""
 
 
 class Attention(nn.Module):
@@ -60,16 +63,17 @@ class Attention(nn.Module):
         self.register_buffer("cache_v", None, persistent=False)
         self._cached = (0, 0)  # sequences and positions that the cache holds
 
-    def forward(self, x: Tensor, start_pos: int, freqs_cis: Rotation, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, start_pos: int, freqs_cis: Rotation, mask: Mask = None) -> Tensor:
         """``x [b, s, h] -> [b, s, h]``, both replicated, or with ``sequence_parallel`` both ``[b, s/w, h]``.
 
         ``freqs_cis [s, hd/2]`` are the angles of positions ``[start_pos, start_pos + s)``; a pair of cos and sin
         ``[s, hd]`` rotates halves instead. ``mask`` is additive, of x's dtype, ``[s, start_pos + s]`` or ``[b, 1, s,
-        start_pos + s]``; None means that every query sees every position. Keys and values before
-        ``start_pos`` come from the cache. With gradients enabled and ``start_pos=0`` the cache is not touched.
+        start_pos + s]``; None means that every query sees every position, "causal" (``start_pos=0`` only) that it sees
+        none after its own. Keys and values before ``start_pos`` come from the cache. With gradients enabled and
+        ``start_pos=0`` the cache is not touched.
 
         Raises ValueError for positions beyond ``max_seq_len``, batches above ``max_batch_size`` (both where the cache
-        is used) and a mask of another shape, TypeError for a mask of another dtype.
+        is used) and a mask that does not fit, TypeError for a mask of another dtype.
         """
         check_activations(x, self.args.dim, "Attention", sequence=True)
         self._check_positions(x, start_pos, mask)
@@ -92,11 +96,12 @@ class Attention(nn.Module):
         """``[b, s, heads, hd]`` per logical shard."""
         return [y.unflatten(-1, (-1, self.args.head_dim)) for y in projection.forward_shards(inputs)]
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         """``[b, s, heads, hd]`` of one logical shard -> ``[b, s, heads * hd]``."""
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        grouped = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped).transpose(1, 2).flatten(-2)
+        how: dict[str, Any] = {"is_causal": True} if isinstance(mask, str) else {"attn_mask": mask}
+        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **how)
+        return y.transpose(1, 2).flatten(-2)
 
     def _through_cache(self, k: list[Tensor], v: list[Tensor], start_pos: int) -> tuple[list[Tensor], list[Tensor]]:
         """Store the new keys and values; give back those of all positions ``[0, start_pos + s)``."""
@@ -143,10 +148,16 @@ class Attention(nn.Module):
                 f"{sequences} sequences; begin at start_pos=0 under torch.no_grad()"
             )
 
-    def _check_positions(self, x: Tensor, start_pos: int, mask: Tensor | None) -> None:
+    def _check_positions(self, x: Tensor, start_pos: int, mask: Mask) -> None:
         if start_pos < 0:
             raise ValueError(f"start_pos={start_pos} must not be negative")
         if mask is None:
+            return
+        if not isinstance(mask, Tensor):
+            if mask != "causal":
+                raise ValueError(f'mask={mask!r} is neither a tensor nor "causal"')
+            if start_pos > 0:
+                raise ValueError(f'mask="causal" is for start_pos=0, not {start_pos}: pass functional.causal_mask')
             return
         if mask.dtype != x.dtype:
             raise TypeError(f"mask must be additive and of x's dtype {x.dtype}, not {mask.dtype}; use mask.to(x.dtype)")

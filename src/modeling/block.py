@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..distributed.group import group_or_single
 from ..distributed.random import SEED_STRIDE
 from ..functional import Rotation
-from .attention import Attention
+from .attention import Attention, Mask
 from .config import ModelArgs
 from .dropout import ParallelDropout
 from .mlp import FeedForward
@@ -60,7 +60,7 @@ class TransformerBlock(nn.Module):
         self.attention_dropout = ParallelDropout(args.dropout, seed=seed + 5 * SEED_STRIDE, **place)
         self.ffn_dropout = ParallelDropout(args.dropout, seed=seed + 6 * SEED_STRIDE, **place)
 
-    def forward(self, x: Tensor, start_pos: int, freqs_cis: Rotation, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, start_pos: int, freqs_cis: Rotation, mask: Mask = None) -> Tensor:
         """``x [b, s, h] -> [b, s, h]``, replicated, or with ``sequence_parallel`` both ``[b, s/w, h]``.
 
         The other arguments are those of ``Attention.forward``.

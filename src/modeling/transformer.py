@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..distributed.group import group_or_single
 from ..distributed.random import SEED_STRIDE, model_seed
 from ..functional import causal_mask
+from .attention import Mask
 from .block import TransformerBlock
 from .config import ModelArgs
 from .lm_head import LMHead
@@ -123,8 +124,9 @@ class Transformer(nn.Module):
             shards = self.group.num_shards
             raise ValueError(f"sequence_parallel: num_shards={shards} must divide the sequence length {length}")
         h = self.tok_embeddings(tokens)
-        masked = length > 1 or padding is not None
-        mask = causal_mask(length, start_pos, padding=padding, dtype=h.dtype, device=h.device) if masked else None
+        mask: Mask = "causal" if length > 1 else None
+        if padding is not None or (length > 1 and start_pos > 0):
+            mask = causal_mask(length, start_pos, padding=padding, dtype=h.dtype, device=h.device)
         freqs_cis = self.frequencies(start_pos, length, padding)
         for layer in self.layers:
             h = layer(h, start_pos, freqs_cis, mask)
