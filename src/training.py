@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from .distributed.collectives import all_gather, all_reduce
 from .distributed.group import Group, group_or_single
 from .distributed.reduction import tree_sum
 from .modeling import vocab_parallel_cross_entropy
-from .modeling.parameters import Placement, local_part, placements, sharding_groups, unwrapped
+from .modeling.parameters import Placement, is_fully_sharded, local_part, placements, sharding_groups, unwrapped
 
 Batch = tuple[Tensor, Tensor]
 
@@ -139,7 +138,7 @@ def _square_norm(grads: Sequence[Tensor], device: torch.device) -> Tensor:
 
 def _exchange_gradients(model: nn.Module, enabled: bool) -> AbstractContextManager[object]:
     """Whether backward passes inside exchange gradients among data-parallel ranks, or leave them to a later one."""
-    if isinstance(model, FSDPModule):
+    if is_fully_sharded(model):
         model.set_requires_gradient_sync(enabled)
     elif isinstance(model, DistributedDataParallel) and not enabled:
         return model.no_sync()

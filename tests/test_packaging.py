@@ -54,3 +54,8 @@ def test_wheel(tmp_path: Path) -> None:
 @pytest.mark.skipif(find_spec("isoshard") is None, reason="isoshard is not installed here; scripts/test.sh does it")
 def test_editable_install(tmp_path: Path) -> None:
     assert run(tmp_path, "-c", USE) == f"None {ROOT / 'src'}"
+
+
+def test_imports_leave_dtensor_and_dynamo_alone() -> None:
+    program = "import sys, src, src.distributed, src.modeling, src.training, src.functional, src.tensor_parallel\n"
+    run(ROOT, "-c", program + "assert not {'torch.distributed.tensor', 'torch._dynamo'} & sys.modules.keys()")

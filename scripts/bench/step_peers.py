@@ -197,6 +197,7 @@ def dtensor(directory: Path, weights: Weights) -> tuple[nn.Module, Loss]:
 
 def transformers(directory: Path, weights: Weights) -> tuple[nn.Module, Loss]:
     """Transformers' own model with ``tp_plan="auto"``."""
+    library("accelerate")
     model = library("transformers").AutoModelForCausalLM.from_pretrained(directory, tp_plan="auto", dtype=torch.float32)
     model.train()
 

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ..distributed.collectives import all_gather
 from ..distributed.group import Group
 from ..sharding import shared_range
 
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
 WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
 """What ``torch.compile`` and torch's checkpoint wrapper put into the names of parameters."""
+
+
+def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether ``tensor`` is a DTensor; importing their module takes a second, so it is left to those who make some."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def is_fully_sharded(module: nn.Module) -> TypeGuard[FSDPModule]:
+    """Whether ``fully_shard`` was applied to ``module``."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 @dataclass(frozen=True)
@@ -40,8 +56,10 @@ def local_part(tensor: Tensor) -> LocalPart:
     Raises ValueError for a DTensor that is placed in another way than ``Shard`` and ``Replicate``.
     """
     offsets = [0] * tensor.dim()
-    if not isinstance(tensor, DTensor):
+    if not is_dtensor(tensor):
         return LocalPart(tensor, tuple(offsets))
+    from torch.distributed.tensor import Replicate, Shard
+
     sizes = list(tensor.shape)
     for count, index, placement in zip(
         tensor.device_mesh.shape, tensor.device_mesh.get_coordinate() or (), tensor.placements, strict=True
@@ -57,7 +75,7 @@ def local_part(tensor: Tensor) -> LocalPart:
 
 def sharding_groups(tensor: Tensor) -> tuple[ProcessGroup, ...]:
     """The process groups over which ``fully_shard`` has cut ``tensor``; none for an ordinary one."""
-    if not isinstance(tensor, DTensor):
+    if not is_dtensor(tensor):
         return ()
     return tuple(tensor.device_mesh.get_group(i) for i, placed in enumerate(tensor.placements) if placed.is_shard())
 
@@ -101,7 +119,7 @@ class Placement:
 
     def whole(self, tensor: Tensor, group: Group) -> Tensor:
         """The unsharded ``tensor``, without padding or replicas, on every rank. Called by all ranks."""
-        if isinstance(tensor, DTensor):
+        if is_dtensor(tensor):
             tensor = tensor.full_tensor()
         if self.dim is None:
             return tensor
@@ -130,7 +148,7 @@ def placements(model: nn.Module, *, group: Group) -> Iterator[Placement]:
     """Every parameter once, tied ones under their first name, in the model's order, whatever wraps the model."""
     seen: set[nn.Parameter] = set()
     for path, module in unwrapped(model).named_modules():
-        if isinstance(module, FSDPModule):
+        if is_fully_sharded(module):
             module.reshard()  # after a forward pass without a backward one the outermost shows whole parameters
         dims, unpadded, replicas = (_ask(module, what) for what in ("shard_dims", "unpadded_sizes", "shard_replicas"))
         for name, parameter in module.named_parameters(recurse=False):
