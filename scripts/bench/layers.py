@@ -13,11 +13,11 @@ import argparse
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from statistics import median, quantiles
 from unittest.mock import patch
 
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor
 from src import cpu, functional
 from src.modeling import vocab_parallel_cross_entropy
 
-from . import peers
+from . import peers, table
 
 EPS = 1e-5
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -184,19 +184,13 @@ ROWS: dict[str, Callable[[], Race]] = {
 }
 
 
-def measure(race: Race, rounds: int) -> Iterator[tuple[float, float]]:
-    """Milliseconds of (ours, peer) in each round, after one that does not count."""
-    contenders = [race.ours, race.peer]
-    for turn in range(rounds + 1):
-        found = [0.0, 0.0]
-        for which in (0, 1) if turn % 2 else (1, 0):
-            race.prepare()
-            began = time.thread_time()
-            for _ in range(race.repeat):
-                contenders[which]()
-            found[which] = (time.thread_time() - began) / race.repeat * 1e3
-        if turn:
-            yield found[0], found[1]
+def milliseconds(race: Race, call: Callable[[], object]) -> float:
+    """Of this thread's CPU for one ``call``."""
+    race.prepare()
+    began = time.thread_time()
+    for _ in range(race.repeat):
+        call()
+    return (time.thread_time() - began) / race.repeat * 1e3
 
 
 def resident(kind: str) -> float:
@@ -213,24 +207,15 @@ def peak(call: Callable[[], object]) -> float:
     return resident("VmHWM") - before
 
 
-def verdict(low: float, high: float, bar: float) -> str:
-    """Where the quartiles lie."""
-    return "met" if high <= bar else "missed" if low > bar else "tie"
-
-
 def show(name: str, race: Race, rounds: int) -> None:
     """Run a race and print its row."""
-    times = list(measure(race, rounds))
-    ratios = [ours / peer for ours, peer in times]
-    low, _, high = quantiles(ratios, n=4)
-    ours, peer = (median(column) for column in zip(*times, strict=True))
-    numbers = f"{ours:9.3f} {peer:9.3f} {median(ratios):6.2f}  {low:.2f} .. {high:.2f}  {race.bar:5.2f}"
-    print(f"{name:36} {numbers}  {verdict(low, high, race.bar)}", flush=True)
+    contenders = [partial(milliseconds, race, call) for call in (race.ours, race.peer)]
+    print(table.row(name, list(table.rounds(contenders, rounds)), race.bar), flush=True)
     if race.memory_bar is not None:
         mine, theirs = peak(race.ours), peak(race.peer)
         ratio = mine / theirs
         numbers = f"{mine:9.1f} {theirs:9.1f} {ratio:6.2f} {'':13} {race.memory_bar:5.2f}"
-        print(f"{'  peak, MiB':36} {numbers}  {verdict(ratio, ratio, race.memory_bar)}", flush=True)
+        print(f"{'  peak, MiB':{table.WIDTH}} {numbers}  {table.verdict(ratio, ratio, race.memory_bar)}", flush=True)
 
 
 def main() -> None:
@@ -245,7 +230,7 @@ def main() -> None:
     if options.no_units:
         os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"
     print(f"units for bfloat16: {'not used' if options.no_units else 'yes' if cpu.has_bfloat16_units() else 'no'}")
-    print(f"{'row':36} {'ours ms':>9} {'peer ms':>9} {'ratio':>6}  quartiles       bar")
+    print(table.header())
     with patch.object(cpu, "has_bfloat16_units", lambda: False) if options.no_units else nullcontext():
         for name, build in ROWS.items():
             if options.rows and not any(word in name for word in options.rows):
@@ -254,7 +239,7 @@ def main() -> None:
                 torch.manual_seed(0)
                 show(name, build(), options.rounds)
             except peers.Missing as missing:
-                print(f"{name:36} no peer: {missing}", flush=True)
+                print(f"{name:{table.WIDTH}} no peer: {missing}", flush=True)
 
 
 if __name__ == "__main__":
