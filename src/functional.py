@@ -140,15 +140,17 @@ def apply_rotary_pos_emb(input: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             f"cos {list(cos.shape)} and sin {list(sin.shape)} must both be [s, hd] = "
             f"[{input.shape[1]}, {input.shape[-1]}] for input [b, s, nh, hd] = {list(input.shape)}"
         )
+    turned: Tensor
     if kernel := lookup("rotate", (input,), (cos, sin)):
-        turned: Tensor = kernel((input,), (cos, sin))[0]
+        turned = kernel((input,), (cos, sin))[0]
         return turned
     fast = cpu.rotate_halves(input, cos, sin)
     if fast is not None:
         return fast
     cos, sin = (table.to(input.device).unsqueeze(-2) for table in (cos, sin))
     x = input.to(torch.promote_types(input.dtype, cos.dtype))
-    return (x * cos + rotate_half(x) * sin).to(input.dtype)
+    turned = _rotated_in_one_pass(x, cos, sin) if torch.compiler.is_compiling() else x * cos + rotate_half(x) * sin
+    return turned.to(input.dtype)
 
 
 def precompute_freqs_cis(head_dim: int, length: int, theta: float = 500000.0) -> Tensor:
@@ -226,6 +228,12 @@ def causal_mask(
     fillers = keys < padding.to(device).view(-1, 1, 1, 1)
     own = keys == keys[start_pos:].unsqueeze(1)
     return mask.masked_fill(fillers & ~own, -math.inf)
+
+
+def _rotated_in_one_pass(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """``x * cos + rotate_half(x) * sin``, with its bits, as torch.compile fuses it best."""
+    (x1, x2), (cos1, cos2), (sin1, sin2) = (tensor.chunk(2, -1) for tensor in (x, cos, sin))
+    return torch.cat([x1 * cos1 - x2 * sin1, x2 * cos2 + x1 * sin2], -1)
 
 
 def _fits(table: Tensor, x: Tensor, width: int) -> bool:

@@ -157,6 +157,20 @@ def test_rotation_in_the_tables_dtype_with_one_rounding(dtype: torch.dtype, tabl
     assert torch.equal(got, want.to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_rotation_has_the_same_bits(dtype: torch.dtype) -> None:
+    cos, sin = numbers(1, 2, 6, 8).unbind()  # halves that differ, as no table of ours does
+    compiled = torch.compile(fn.apply_rotary_pos_emb, fullgraph=True, backend="eager")
+    results = []
+    for rotate in (fn.apply_rotary_pos_emb, compiled):
+        x = numbers(0, 2, 6, 3, 8, dtype=dtype).requires_grad_()
+        y = rotate(x, cos, sin)
+        y.backward(numbers(2, 2, 6, 3, 8, dtype=dtype))
+        assert x.grad is not None
+        results.append((y.detach(), x.grad))
+    assert all(map(torch.equal, *results))
+
+
 def test_rotating_neighbours_in_bfloat16_rounds_once() -> None:
     x, freqs = numbers(0, 2, 9, 3, 8, dtype=torch.bfloat16), fn.precompute_freqs_cis(8, 9)
     assert freqs.dtype == torch.complex64

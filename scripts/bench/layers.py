@@ -110,20 +110,21 @@ def embedding(shape: tuple[int, int], mode: str, bar: float) -> Race:
     return Race(learning(ours, [table], grad), learning(peer, [table], grad), bar)
 
 
-def rotation() -> Race:
-    """Queries and keys of 16 heads."""
-    q, k, grad = (torch.randn(4, 1024, 16, 128) for _ in range(3))
-    cos, sin = functional.rope_tables(1024, 128, 10000.0)
-    theirs, per_row = peers.llama_rotation(), [table.expand(4, -1, -1) for table in (cos, sin)]
+def rotation(shape: tuple[int, int, int, int], bar: float, compiled: bool = False) -> Race:
+    """Queries and keys ``[b, s, heads, head_dim]``."""
+    q, k, grad = (torch.randn(shape) for _ in range(3))
+    cos, sin = functional.rope_tables(shape[1], shape[3], 10000.0)
+    theirs, per_row = peers.llama_rotation(), [table.expand(shape[0], -1, -1) for table in (cos, sin)]
+    rotate = torch.compile(functional.apply_rotary_pos_emb) if compiled else functional.apply_rotary_pos_emb
 
     def ours(q: Tensor, k: Tensor) -> Tensor:
-        return join(functional.apply_rotary_pos_emb(q, cos, sin), functional.apply_rotary_pos_emb(k, cos, sin))
+        return join(rotate(q, cos, sin), rotate(k, cos, sin))
 
     def peer(q: Tensor, k: Tensor) -> Tensor:
         rotated = theirs(q.transpose(1, 2), k.transpose(1, 2), *per_row)
         return join(*(part.transpose(1, 2) for part in rotated))
 
-    return Race(learning(ours, [q, k], grad), learning(peer, [q, k], grad), 0.50)
+    return Race(learning(ours, [q, k], grad), learning(peer, [q, k], grad), bar)
 
 
 class _Join(torch.autograd.Function):
@@ -176,7 +177,8 @@ ROWS: dict[str, Callable[[], Race]] = {
     "embedding large fp32 fwd": lambda: embedding((4, 1024), "fwd", 0.40),
     "embedding medium fp32 fwd+bwd": lambda: embedding((2, 512), "fwd+bwd", 0.35),
     "embedding large fp32 fwd+bwd": lambda: embedding((4, 1024), "fwd+bwd", 0.35),
-    "rope halves large fp32 fwd+bwd": rotation,
+    "rope halves large fp32 fwd+bwd": lambda: rotation((4, 1024, 16, 128), 0.50),
+    "rope medium fp32 fwd+bwd, compiled": lambda: rotation((2, 512, 16, 64), 0.25, compiled=True),
     "cross-entropy 32K fp32 fwd": lambda: cross_entropy(2**15, "fwd", "fp32", 0.60),
     "cross-entropy 128K fp32 fwd": lambda: cross_entropy(2**17, "fwd", "fp32", 0.60),
     "cross-entropy 32K fp32 fwd+bwd": lambda: cross_entropy(2**15, "fwd+bwd", "fp32", 0.75),
