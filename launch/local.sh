@@ -8,7 +8,8 @@
 # nproc is a number, "gpu" or "cpu", 2 unless given. It must divide the heads of the model (8).
 # Assumes a set-up checkout: .venv, or else a python3 that has torch. A free port is chosen, so runs may go side by
 # side. Ranks, addresses and OMP_NUM_THREADS are set by torchrun. Tried with 2
-# processes on one machine without GPUs.
+# processes on one machine without GPUs. launch/README.md, "Memory on CPUs", has a
+# setting of malloc that spares page faults.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
