@@ -19,7 +19,7 @@ def safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError:
-        raise ImportError("safetensors is not installed; pip install 'isoshard[hf]'") from None
+        raise ImportError("safetensors is not installed; pip install -e '.[hf]'") from None
     return safetensors
 
 
