@@ -149,9 +149,7 @@ class RankOutput(io.TextIOBase):
             yield
         except BrokenPipeError:
             with open(os.devnull, "wb") as nowhere:
-                os.dup2(
-                    nowhere.fileno(), self._stream.fileno()
-                )  # for the flush at the end
+                os.dup2(nowhere.fileno(), self._stream.fileno())  # for the flush at the end
             raise ReaderGone from None
 
     def fileno(self) -> int:
