@@ -14,6 +14,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID" WORLD_SIZE="$SLURM_STEP_NUM_TASKS"
 export LOCAL_WORLD_SIZE="${SLURM_STEP_TASKS_PER_NODE%%[(,]*}"  # "8(x2)": eight tasks on each of two nodes
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_STEP_NODELIST")
+: "${nodes[0]:?scontrol show hostnames $SLURM_STEP_NODELIST named no node}"
 export MASTER_ADDR="${nodes[0]}" MASTER_PORT="$((20000 + SLURM_JOB_ID % 10000))"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # as torchrun sets it
 python=python3

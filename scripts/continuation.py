@@ -14,13 +14,15 @@ from src.distributed import Group, local_device
 from src.generation import generate
 from src.modeling import Transformer
 
-from .models import companion, end_tokens, open_model
+from .extras import import_extra
+from .models import args_of, companion, end_tokens, open_model
 
 
 def run(group: Group, options: argparse.Namespace) -> list[list[int]]:
     """Continue the prompts; rank 0 prints. The new ids of each prompt, without the token it stopped at."""
     if options.num_shards is not None:
         torch.set_num_threads(1)
+    args_of(options.model)  # refuses what is no model of ours before its tokenizer is missed
     tokenizer = open_tokenizer(options.model)
     prompts = [tokenizer.encode(text).ids for text in options.prompt]
     if not all(prompts):
@@ -112,15 +114,12 @@ def open_tokenizer(path: Path) -> Any:
 
     Raises ImportError that names the extra, and ValueError when there is no tokenizer.json.
     """
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise ImportError("tokenizers is not installed; pip install 'isoshard[hf]'") from None
+    tokenizers = import_extra("tokenizers", "hf")
     file = companion(path, "tokenizer.json")
     if file is None:
         raise ValueError(f"{path} has no tokenizer.json")
     try:
-        return Tokenizer.from_file(str(file))
+        return tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:
         raise ValueError(f"cannot read {file}: {error}") from None
 

@@ -11,10 +11,13 @@ ranks each holds its part of the model alone. Tokenizer and generation settings 
 from __future__ import annotations
 
 import argparse
-import sys
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .extras import import_extra
+from .ranks import Parser, one_sentence, run_ranks
 
 if TYPE_CHECKING:
     from src.distributed import Group
@@ -23,18 +26,26 @@ FORMATS = ("hugging-face", "checkpoint", "meta")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+def gibibytes(text: str) -> int:
+    """So many GiB in bytes."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be above 0")
+    return math.ceil(number * 2**30)
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     head, _, rest = (__doc__ or "").partition("\n")
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="scripts.convert", description=head + rest, formatter_class=formatter)
+    parser = Parser(prog="python -m scripts.convert", description=head + rest, formatter_class=formatter)
     parser.add_argument("source", type=Path, help="directory of a model, or a checkpoint of a training run")
     parser.add_argument("target", type=Path, help="directory to make")
     parser.add_argument("--to", required=True, choices=FORMATS, help="format of the target")
     parser.add_argument(
-        "--dtype", default="float32", choices=DTYPES, help="of the weights on the way, and in the target"
+        "--dtype", default="float32", choices=DTYPES, help="of the weights on the way and in the target (%(default)s)"
     )
-    parser.add_argument("--max-file-size", type=float, default=5.0, help="GiB per safetensors file (default: 5)")
+    parser.add_argument("--max-file-size", type=gibibytes, default=5 * 2**30, help="GiB per safetensors file (5)")
     return parser.parse_args(arguments)
 
 
@@ -56,8 +67,7 @@ def convert(group: Group, options: argparse.Namespace) -> None:
         dtype = getattr(torch, options.dtype)
         model = open_model(options.source, group, dtype=dtype, changes=changes, report=bar.report)
     with Bar("writing", quiet) as bar:
-        size = int(options.max_file_size * 2**30)
-        write_model(options.target, model, options.to, group, bar.report, size)
+        write_model(options.target, model, options.to, group, bar.report, options.max_file_size)
     if group.rank == 0:
         copied = copy_companions(options.source, options.target)
         parameters = sum(torch.Size(item.shape).numel() for item in local_slices(model, group))
@@ -71,10 +81,7 @@ class Bar:
     """A bar of bytes; silent on all ranks but one."""
 
     def __init__(self, what: str, quiet: bool) -> None:
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            raise SystemExit("error: tqdm is not installed; pip install 'isoshard[hf]'") from None
+        tqdm = import_extra("tqdm", "hf").tqdm
         self._bar = tqdm(desc=what, unit="B", unit_scale=True, unit_divisor=1024, disable=quiet)
 
     def report(self, name: str, size: int) -> None:
@@ -93,15 +100,8 @@ class Bar:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
     options = parse(arguments)
-    from src.distributed import close, init
-
-    group = init(device="cpu")
-    try:
-        convert(group, options)
-    except (ValueError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    finally:
-        close()
+    with one_sentence():
+        run_ranks(convert, options, device="cpu")
 
 
 if __name__ == "__main__":

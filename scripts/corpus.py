@@ -22,6 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .extras import import_extra
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
@@ -132,17 +134,9 @@ def prepare(cache_root: Path, vocab_size: int, data: Path | None = None, given: 
 
 def load_tokenizer(path: Path) -> "Tokenizer":
     """The tokenizer saved in ``path``; for it the text ``<|endoftext|>`` is ordinary text, as it was in training."""
-    tokenizer: Tokenizer = _import_tokenizers().Tokenizer.from_file(str(path))
+    tokenizer: Tokenizer = import_extra("tokenizers", "train").Tokenizer.from_file(str(path))
     tokenizer.encode_special_tokens = True  # not kept in the file
     return tokenizer
-
-
-def _import_tokenizers() -> Any:
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise ImportError("the corpus needs the tokenizers library: pip install 'isoshard[train]'") from error
-    return tokenizers
 
 
 def _read_documents(data: Path | None) -> Iterator[Document]:
@@ -230,7 +224,7 @@ def _split_tail(texts: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _train_tokenizer(texts: Sequence[str], vocab_size: int) -> "Tokenizer":
-    tokenizers = _import_tokenizers()
+    tokenizers = import_extra("tokenizers", "train")
     byte_level = tokenizers.pre_tokenizers.ByteLevel
     tokenizer: Tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = byte_level(add_prefix_space=False)

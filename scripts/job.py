@@ -227,6 +227,7 @@ def given_tokenizer(model: Path | None) -> GivenTokenizer | None:
     """
     if model is None:
         return None
+    args_of(model)  # refuses what is no model of ours before its tokenizer is missed
     file, ends = companion(model, "tokenizer.json"), end_tokens(model)
     if file is None or not ends:
         raise ValueError(f"{model} has no {'end of text in its config.json' if file else 'tokenizer.json'}")

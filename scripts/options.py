@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .logs import LEVELS
+from .ranks import Parser
 
 SHARDS_HELP = (
     "logical shards, a power of two that the number of ranks divides: fixes the bits at every number of ranks, "
@@ -66,7 +67,7 @@ class Options:
 
 def parse_options(description: str | None, argv: Sequence[str] | None = None) -> Options:
     """Options from the command line; ends the program with a message when they make no sense."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m scripts.train", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     run = parser.add_argument_group("run")
@@ -130,6 +131,7 @@ def parse_options(description: str | None, argv: Sequence[str] | None = None) ->
         "eval_batches",
         "save_every",
         "layers",
+        "heads",
         "seq_len",
         "batch_size",
         "accumulate",
@@ -147,6 +149,11 @@ def parse_options(description: str | None, argv: Sequence[str] | None = None) ->
     if arguments.dp > 1 and arguments.num_shards is not None:
         parser.error(
             f"--num-shards fixes the bits, which a sum over --dp {arguments.dp} changes; leave one of them out"
+        )
+    if arguments.model is None and arguments.dim % (2 * arguments.heads):
+        parser.error(
+            f"--dim {arguments.dim} cannot be cut into --heads {arguments.heads} of an even width; "
+            f"choose a multiple of {2 * arguments.heads}"
         )
     if not arguments.prompt:
         parser.error("--prompt must not be empty")

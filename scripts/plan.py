@@ -14,11 +14,13 @@ NVLink of an H100 and to one 400 Gb/s adapter per GPU.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .extras import import_extra
+from .ranks import one_sentence
 
 if TYPE_CHECKING:
     from .planning import Job, RankPlan
@@ -88,22 +90,14 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print and draw the plan that the command line asks for."""
     options = parse_options(argv)
-    from src import SimulationError
+    with one_sentence():
+        from .planning import plan_rank
 
-    from .planning import plan_rank
-
-    job = make_job(options)
-    try:
+        job = make_job(options)
         plan = plan_rank(job, options.tp)
         print(describe(options, plan))
         others = [plan_rank(job, size) for size in chart_sizes(options)]
         draw(sorted([plan, *others], key=lambda plan: plan.tp), options, options.out)
-    except (ValueError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    except SimulationError as error:
-        if not isinstance(error.__cause__, ValueError):
-            raise
-        sys.exit(f"error: {error.__cause__}")
     print(f"chart {options.out}")
 
 
@@ -176,11 +170,7 @@ def draw(plans: Sequence[RankPlan], options: Options, path: Path) -> None:
 
     Raises ImportError where matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("the chart needs matplotlib: pip install 'isoshard[train]'") from error
-    figure = Figure(figsize=(10, 4.5), dpi=150, layout="constrained")
+    figure = import_extra("matplotlib.figure", "train").Figure(figsize=(10, 4.5), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2)
     memory = {kind: [plan.memory[kind] / GIB for plan in plans] for kind in plans[0].memory}
     _stack(left, plans, memory, "memory of a rank in training (GiB)")

@@ -1,6 +1,5 @@
 """What a training run shows and leaves: a progress bar, a log of metrics, and the curve drawn from it."""
 
-import importlib
 import json
 import math
 import os
@@ -11,6 +10,8 @@ from typing import Any, Literal, Self, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .extras import import_extra
 
 Kind = Literal["train", "validation"]
 Record = dict[str, Any]
@@ -25,7 +26,7 @@ TRAIN_COLOR, VALIDATION_COLOR = "#4477aa", "#cc3311"
 def require_extras() -> None:
     """Raise ImportError, naming the extra, where a library is missing that is needed only at the end."""
     for name in ("tqdm", "matplotlib.figure"):
-        _import_extra(name)
+        import_extra(name, "train")
 
 
 class MetricsLog:
@@ -69,7 +70,7 @@ class ProgressBar:
     """
 
     def __init__(self, total_steps: int, tokens_per_step: int, start_step: int = 0, enabled: bool = True) -> None:
-        tqdm = _import_extra("tqdm").tqdm
+        tqdm = import_extra("tqdm", "train").tqdm
         terminal = sys.stderr.isatty()
         self._total_steps = total_steps
         self._tokens_per_step = tokens_per_step
@@ -125,7 +126,7 @@ def draw_curve(metrics_path: Path, png_path: Path) -> None:
     records = [json.loads(line) for line in _read_lines(metrics_path)]
     if not records:
         raise ValueError(f"found no metrics in {metrics_path}: draw the curve after the first record")
-    figure = _import_extra("matplotlib.figure").Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    figure = import_extra("matplotlib.figure", "train").Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.subplots()
     train = [record for record in records if record["kind"] == "train"]
     validation = [record for record in records if record["kind"] == "validation"]
@@ -187,10 +188,3 @@ def _read_lines(path: Path) -> list[str]:
 
 def _step(line: str) -> int:
     return int(json.loads(line)["step"])
-
-
-def _import_extra(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(f"the report of a run needs {name.split('.')[0]}: pip install 'isoshard[train]'") from error

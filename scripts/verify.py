@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .ranks import one_sentence
+
 if TYPE_CHECKING:
     from .tracing import Runner, Trace
 
@@ -82,6 +84,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the proof that the command line describes."""
     options = parse_options(argv)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it starts
+    with one_sentence():
+        prove(options)
+
+
+def prove(options: Options) -> None:
+    """Trace every variant in every place; ends the program with 1 where bits differ that are promised."""
     from .corpus import prepare
     from .tracing import Runner
 

@@ -64,6 +64,7 @@ def run(args: list[str]) -> int:
     export_settings(check=options.check, timeout=options.timeout)
     if options.simulate:
         return _simulate(options)
+    options.nproc_per_node = options.nproc_per_node or "1"
     torchrun.run(options)
     return 0
 
@@ -74,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = get_args_parser()
     parser.prog = "isoshard run"
     parser.description = "Launch a script on several ranks, with the options of torchrun and those of isoshard."
-    parser.set_defaults(shutdown_timeout=5)
+    parser.set_defaults(shutdown_timeout=5, nproc_per_node=os.environ.get("PET_NPROC_PER_NODE"))
     ours = parser.add_argument_group("isoshard")
     ours.add_argument(
         "--simulate", action="store_true", help="run the ranks in this process, in lockstep; --simulate N for N ranks"
@@ -97,6 +98,8 @@ def _simulate(options: argparse.Namespace) -> int:
 
     from .script import load_module, load_script, rank_environ, run_script
 
+    if options.nproc_per_node is None:
+        raise SystemExit("isoshard run --simulate: how many ranks? pass --simulate N, or --nproc-per-node N")
     nodes, per_node = int(str(options.nnodes).split(":")[0]), determine_local_world_size(options.nproc_per_node)
     if options.no_python or options.run_path or nodes < 1 or per_node < 1:
         raise SystemExit("isoshard run --simulate: a script or a module (-m) on at least one rank is needed")

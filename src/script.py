@@ -15,7 +15,7 @@ import threading
 import traceback
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 from unittest import mock
 
@@ -31,7 +31,7 @@ from .distributed.lockstep import Lockstep, RankThread, SimulationError
 from .distributed.lockstep_store import LockstepStore
 from .distributed.origin import is_library
 from .distributed.simulation import BACKEND, rank_settings, register_backend
-from .script_state import OwnModules, RankOutput, ScriptState
+from .script_state import OwnModules, RankOutput, ReaderGone, ScriptState
 
 
 def run_script(
@@ -70,7 +70,9 @@ def run_script(
         with _stand_ins(outputs), torch.compiler.set_stance("force_eager"):
             lockstep.run(body, states)
     except SimulationError as error:
-        _report(error, outputs[1])
+        if not isinstance(error.__cause__, ReaderGone):
+            with suppress(ReaderGone):
+                _report(error, outputs[1])
         return 1
     finally:
         for output in outputs:

@@ -7,7 +7,8 @@ import logging
 import os
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 from torch._C._distributed_c10d import Store
@@ -108,6 +109,10 @@ def _new_world() -> Any:
     return own
 
 
+class ReaderGone(BrokenPipeError):
+    """Nobody reads the output any more, as when ``head`` has seen enough."""
+
+
 class RankOutput(io.TextIOBase):
     """Writes whole lines, each with the rank that printed it: ``[rank2]: loss 3.1``."""
 
@@ -117,23 +122,35 @@ class RankOutput(io.TextIOBase):
 
     def write(self, text: str) -> int:
         rank = self._rank()
-        if rank is None:
-            return self._stream.write(text)
-        *lines, self._begun[rank] = (self._begun.get(rank, "") + text).split("\n")
-        for line in lines:
-            self._stream.write(f"[rank{rank}]: {line}\n")
+        with self._reader():
+            if rank is None:
+                return self._stream.write(text)
+            *lines, self._begun[rank] = (self._begun.get(rank, "") + text).split("\n")
+            for line in lines:
+                self._stream.write(f"[rank{rank}]: {line}\n")
         return len(text)
 
     def flush(self) -> None:
-        self._stream.flush()
+        with self._reader():
+            self._stream.flush()
 
     def finish(self) -> None:
-        """Write lines that were begun and not ended."""
-        for rank, text in sorted(self._begun.items()):
-            if text:
-                self._stream.write(f"[rank{rank}]: {text}\n")
-        self._begun.clear()
-        self._stream.flush()
+        """Write lines that were begun and not ended, if anybody reads them."""
+        with suppress(ReaderGone), self._reader():
+            for rank, text in sorted(self._begun.items()):
+                if text:
+                    self._stream.write(f"[rank{rank}]: {text}\n")
+            self._begun.clear()
+            self._stream.flush()
+
+    @contextmanager
+    def _reader(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())  # for the flush at the end
+            raise ReaderGone from None
 
     def fileno(self) -> int:
         return self._stream.fileno()

@@ -306,5 +306,5 @@ def test_a_missing_tokenizers_library_names_the_extra(
     library: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ImportError, match=r"pip install 'isoshard\[train\]'"):
+    with pytest.raises(ImportError, match=r"tokenizers is not installed; pip install -e '\.\[train\]'"):
         prepare(cache, VOCAB_SIZE, library)

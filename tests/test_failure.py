@@ -6,9 +6,15 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+
+from src import Group
+from src.distributed import long_wait
+from src.distributed.failure import _timeout_of
+from src.testing import Ranks
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = [sys.executable, "-m", "isoshard", "run"]
@@ -34,12 +40,29 @@ def test_the_missing_rank_is_named(fate: str) -> None:
         .index("        all_reduce(torch.ones(4), group=group)")
     )
     call = rf"all_reduce\(float32\[4\]\) forward, at \S*fails.py:{line + 1}"
-    call = rf"all_reduce\(float32\[4\]\) forward, at \S*fails.py:{line + 1}"
     sentence = rf"{call}: failed in the group of ranks \[0, 1, 2\]: rank 1 "
     for rank in (0, 2):
         assert re.search(rf"^\[rank{rank}\]: .*RankFailure: {sentence}", done.stderr, re.MULTILINE), done.stderr
     waits = [float(seconds) for seconds in re.findall(r"ended after (\S+) s", done.stdout)]
     assert len(waits) == 2 and max(waits) < 10
+
+
+def timeout(group: Group) -> float:
+    return _timeout_of(group.pg).total_seconds()
+
+
+def waits(group: Group) -> list[float]:
+    """Seconds inside a long wait and after it; no name of torch that warns is used."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with long_wait(group, 77):
+            inside = timeout(group)
+        return [inside, timeout(group)]
+
+
+def test_a_long_wait_ends(ranks: Ranks) -> None:
+    before = ranks.on("gloo", 2)(timeout)
+    assert ranks.on("gloo", 2)(waits) == [[77, seconds] for seconds in before] and 77 not in before
 
 
 @pytest.mark.slow

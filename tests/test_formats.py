@@ -148,6 +148,9 @@ def test_many_files(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     with pytest.raises(ValueError, match="copy exists; choose another path"):
         save_hugging_face(tmp_path / "copy", model, group=Group.single())
+    with pytest.raises(ValueError, match="max_file_size=0 must be at least 1 byte"):
+        save_hugging_face(tmp_path / "none", model, group=Group.single(), max_file_size=0)
+    assert not (tmp_path / "none").exists()
 
 
 OURS = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=40, multiple_of=8, max_seq_len=130)

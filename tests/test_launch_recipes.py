@@ -97,6 +97,16 @@ def test_slurm_with_a_task_per_rank(tmp_path: Path, reference: list[str], port: 
     assert digests(*(start(tmp_path, *command, **settings, **task) for task in tasks)) == reference
 
 
+@pytest.mark.parametrize("recipe", ["slurm.sbatch", "slurm_task.sh"])
+def test_nodes_that_slurm_does_not_name(tmp_path: Path, recipe: str) -> None:
+    stand_in(tmp_path, "scontrol", "#!/usr/bin/env bash\nexit 1\n")
+    settings = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "node[0-1]", "SLURM_STEP_NODELIST": "node[0-1]"}
+    settings |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+    process = start(tmp_path, "bash", f"launch/{recipe}", SLURM_STEP_TASKS_PER_NODE="1(x2)", **settings)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "scontrol show hostnames node[0-1] named no node" in err
+
+
 @pytest.mark.slow
 def test_processes_that_srun_started_without_a_recipe_are_refused(tmp_path: Path) -> None:
     task = start(tmp_path, sys.executable, "-m", "scripts.train", SLURM_STEP_NUM_TASKS="2", SLURM_PROCID="1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -225,6 +226,40 @@ def test_a_random_schedule_is_repeated_by_its_seed(simulated: Simulate) -> None:
     assert all(sorted(output) == sorted(outputs[0]) for output in outputs)
 
 
+def test_the_number_of_ranks(simulated: Simulate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:  # type: ignore[no-untyped-def]
+    """To be simulated it must be given, in one way or the other; processes are one, as torchrun has it."""
+    script = tmp_path / "script.py"
+    script.write_text("import os\nprint(os.environ['WORLD_SIZE'])")
+    for before in ([], ["--nnodes", "2"], ["--schedule", "random"]):
+        with pytest.raises(SystemExit, match=r"^isoshard run --simulate: how many ranks\? pass --simulate N, or"):
+            launcher.run([*before, "--simulate", str(script), "--nproc-per-node", "3"])
+    for given in (["--simulate", "2"], ["--simulate", "--nproc-per-node", "2"], ["--nproc_per_node=2", "--simulate"]):
+        assert launcher.run([*given, str(script)]) == 0
+        assert capsys.readouterr().out == "[rank0]: 2\n[rank1]: 2\n"
+    monkeypatch.setenv("PET_NPROC_PER_NODE", "2")
+    assert launcher.run(["--simulate", str(script)]) == 0
+    monkeypatch.delenv("PET_NPROC_PER_NODE")
+    started = []
+    monkeypatch.setattr("torch.distributed.run.run", started.append)
+    launcher.run([str(script)])
+    assert started[0].nproc_per_node == "1"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_nobody_reads_any_more(tmp_path: Path, unbuffered: str) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(f"{BEGIN}for i in range(4000):\n    print('line', i)\n    dist.barrier()\n")
+    command = f"{sys.executable} -m src run --simulate 2 {script} | head -n 1"
+    environ = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("[rank0]: line 0\n", "")
+
+
+def test_another_broken_pipe_is_named(simulated: Simulate) -> None:
+    status, _, err = simulated(f"{BEGIN}if rank == 1: raise BrokenPipeError('a socket')\ndist.barrier()\n")
+    assert status == 1 and "isoshard run: rank 1 raised BrokenPipeError: a socket" in err
+
+
 def test_what_is_not_there(tmp_path: Path) -> None:
     for args in (["none.py"], ["-m", "no.such.module"]):
         with pytest.raises(SystemExit, match=r"isoshard run: .*(none\.py|no)"):
@@ -237,6 +272,10 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     "call, shown",
     [
         ("scripts.options:parse_options('A job.', ['--help'])", "--num-shards V"),
+        ("scripts.train:main(['--help'])", "--num-shards V"),
+        ("scripts.generate:main(['--help'])", "repeat the option for a batch"),
+        ("scripts.generate:main(['--help'])", "of the draws (0)"),
+        ("scripts.convert:main(['--help'])", "GiB per safetensors file (5)"),
         ("scripts.verify:parse_options(['--help'])", "--matrix"),
         ("scripts.plan:parse_options(['--help'])", "--node-ranks N"),
         ("scripts.layers:main(['--help'])", "--num-shards V"),

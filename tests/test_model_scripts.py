@@ -135,6 +135,32 @@ def test_generate_errors(model: Path, change: tuple[str, str], message: str) -> 
         generate.main(options)
 
 
+def test_what_a_model_is_comes_before_its_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(SystemExit, match=r"model_type='gpt2' of this config\.json is not supported, only 'llama' is"):
+        generate.main(["--model", str(tmp_path), "--prompt", PROMPT])
+
+
+@pytest.mark.parametrize("option", [("--top-k", "5"), ("--top-p", "0.9"), ("--temperature", "0", "--top-k", "5")])
+def test_top_k_and_top_p_need_a_temperature(option: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", "there", "--prompt", PROMPT, *option]
+    with pytest.raises(SystemExit):
+        generate.parse(arguments)
+    assert "error: --top-k and --top-p choose among draws, and none is made; pass --temperature 1, too" in (
+        capfd.readouterr().err
+    )
+    assert generate.parse([*arguments, "--temperature", "1"]).temperature == 1
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "nan", "inf"])
+def test_a_file_size_that_is_none(size: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        convert.parse(["there", "here", "--to", "hugging-face", "--max-file-size", size])
+    assert f"argument --max-file-size: {size} must be above 0" in capfd.readouterr().err
+    half = convert.parse(["there", "here", "--to", "hugging-face", "--max-file-size", "0.5"])
+    assert half.max_file_size == 2**29
+
+
 def test_convert_round_trip(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """hugging-face -> checkpoint -> hugging-face -> meta -> hugging-face, and the same text from each."""
     places = [("a", "checkpoint"), ("b", "hugging-face"), ("c", "meta"), ("d", "hugging-face")]

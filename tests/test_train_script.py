@@ -95,7 +95,6 @@ def test_bad_input_ends_with_one_sentence(tmp_path: Path, arguments: list[str], 
     assert re.match(r"error: found no text in data=.*empty\.txt", error("--data", str(empty)))
     assert "vocab_size=100 is too small" in error("--vocab-size", "100")
     assert "too few for one sequence of seq_len=99999" in error("--seq-len", "99999")
-    assert "n_heads=7 must divide dim=32" in error("--heads", "7")
     main([*arguments, *simulate, "--steps", "2"])
     assert "holds a run already; pass --resume" in error()
     assert "of another run: its n_layers is 1, here it is 2" in error("--resume", "--layers", "2")
@@ -122,7 +121,13 @@ def test_the_digest_is_the_last_line_and_the_same_at_every_size(
 
 @pytest.mark.parametrize(
     "option, message",
-    [(["--steps", "0"], "--steps must be at least 1, not 0"), (["--prompt", ""], "--prompt must not be empty")],
+    [
+        (["--steps", "0"], "--steps must be at least 1, not 0"),
+        (["--prompt", ""], "--prompt must not be empty"),
+        (["--heads", "7"], "--dim 32 cannot be cut into --heads 7 of an even width; choose a multiple of 14"),
+        (["--heads", "32"], "--dim 32 cannot be cut into --heads 32 of an even width; choose a multiple of 64"),
+        (["--heads", "0"], "--heads must be at least 1, not 0"),
+    ],
 )
 def test_options_that_make_no_sense(
     arguments: list[str], capsys: pytest.CaptureFixture[str], option: list[str], message: str
@@ -200,6 +205,12 @@ def test_training_goes_on_from_another_format(tmp_path: Path, arguments: list[st
     assert files[0].read_bytes() == files[2].read_bytes() and files[1].read_text() == files[3].read_text()
     convert.main([str(tmp_path / "second/checkpoints/step-000008"), str(tmp_path / "back"), "--to", "hugging-face"])
     generate.main(["--model", str(tmp_path / "back"), "--prompt", "def", "--simulate", "2", "--max-new-tokens", "3"])
+
+
+def test_a_model_to_start_from_must_be_a_llama(tmp_path: Path, arguments: list[str]) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(SystemExit, match=r"model_type='gpt2' of this config\.json is not supported, only 'llama' is"):
+        main([*arguments, "--model", str(tmp_path)])
 
 
 def test_a_model_to_start_from_must_be_complete(tmp_path: Path, arguments: list[str]) -> None:

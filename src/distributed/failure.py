@@ -27,6 +27,9 @@ from .signature import name_ranks
 ROLL_CALL = 1.5
 """Seconds that ranks are given to say that they are there."""
 
+# Newer versions of torch have it in public, and warn at the old name.
+_set_timeout: Any = dist.set_timeout if hasattr(dist, "set_timeout") else distributed_c10d._set_pg_timeout
+
 
 class RankFailure(RuntimeError):
     """A collective failed because ranks are missing; names them and the call."""
@@ -104,7 +107,7 @@ def long_wait(group: Group, seconds: float) -> Iterator[None]:
 def set_timeout(pg: Any, timeout: timedelta) -> None:
     """How long a collective of ``pg`` may take from now on; among simulated ranks time plays no part."""
     if not names_faults(pg):
-        distributed_c10d._set_pg_timeout(timeout, pg)
+        _set_timeout(timeout, pg)
     elif hasattr(pg, "checks"):
         pg.set_timeout(timeout)
 

@@ -113,7 +113,7 @@ def save_hugging_face(
     """Write a directory that transformers loads: ``config.json`` and files of at most ``max_file_size`` bytes.
 
     Whole tensors pass through rank 0, which holds one file's worth of them; the directory appears when it is complete.
-    Called by all ranks. Raises ValueError where ``path`` exists.
+    Called by all ranks. Raises ValueError where ``path`` exists, and for a ``max_file_size`` below 1.
     """
     sizes = _whole_sizes(model, group)
     plan = file_names(sizes, max_file_size)

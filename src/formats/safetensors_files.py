@@ -19,7 +19,7 @@ def safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError:
-        raise ImportError("safetensors is not installed; pip install 'isoshard[hf]'") from None
+        raise ImportError("safetensors is not installed; pip install -e '.[hf]'") from None
     return safetensors
 
 
@@ -73,7 +73,12 @@ def save_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def file_names(sizes: Mapping[str, int], max_file_size: int) -> dict[str, list[str]]:
-    """File names to the tensors of each, in the given order; a file exceeds ``max_file_size`` only by one tensor."""
+    """File names to the tensors of each, in the given order; a file exceeds ``max_file_size`` only by one tensor.
+
+    Raises ValueError for a size that is none.
+    """
+    if max_file_size < 1:
+        raise ValueError(f"max_file_size={max_file_size} must be at least 1 byte")
     runs: list[list[str]] = []
     filled = 0
     for name, size in sizes.items():
