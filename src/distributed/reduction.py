@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FEW_OPERATORS = 4096
-"""Bytes for each rank up to which ``ring_sum`` takes more copies for the sake of fewer operators."""
+"""Bytes for each of four or more ranks up to which ``ring_sum`` makes copies for the sake of fewer operators."""
 
 
 def tree_sum(terms: Sequence[Tensor]) -> Tensor:
@@ -38,7 +38,7 @@ def ring_sum(terms: Sequence[Tensor]) -> Tensor:
     segment = _round_up(-(-length * itemsize // (2 * world_size)), itemsize)
     segments = max(-(-length * itemsize // segment), 2 * world_size) if length else 0
     block = _round_up(segments, world_size) // world_size * segment // itemsize
-    if length * itemsize <= FEW_OPERATORS * world_size:
+    if world_size > 3 and length * itemsize <= FEW_OPERATORS * world_size:
         return _blocks_at_once(torch.stack(flat), block).view(-1)[:length].view(terms[0].shape)
     out = torch.empty_like(flat[0])
     for k in range(world_size):
@@ -51,7 +51,7 @@ def ring_sum(terms: Sequence[Tensor]) -> Tensor:
 
 def _blocks_at_once(terms: Tensor, block: int) -> Tensor:
     """``terms [rank, length] -> [rank, block]``: the sums of all blocks, with one operator for each step."""
-    ranks = torch.arange(len(terms))
+    ranks = torch.arange(len(terms), device=terms.device)
     blocks = F.pad(terms, (0, len(terms) * block - terms.shape[1])).view(len(terms), len(terms), block)
     steps = blocks[(ranks - 1 - ranks[:, None]) % len(terms), ranks].unbind()
     return functools.reduce(torch.add, steps)
