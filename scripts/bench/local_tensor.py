@@ -106,7 +106,7 @@ def reduce(x: Tensor) -> Tensor:
 
 
 class Model:
-    """Llama with rotated halves, of ``weights`` named as in our Transformer; ``first`` is the first row of a rank's table."""
+    """Llama, halves rotated. ``weights`` are named as in our Transformer; a rank's table begins at row ``first``."""
 
     def __init__(self, args: ModelArgs, weights: Mapping[str, Tensor], first: Tensor) -> None:
         self.args, self.weights, self.first = args, weights, first
