@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from src import Group
-from src.distributed import all_reduce, collectives
+from src.distributed import all_reduce, collectives, reduction
 from src.distributed.collectives import GATHER_BYTES
 from src.distributed.reduction import ring_sum, tree_sum
 from src.testing import Ranks
@@ -49,6 +49,18 @@ def test_own_terms_first_and_then_across_ranks_is_the_same_tree(dtype: torch.dty
         each = 16 // world_size
         subtotals = [tree_sum(terms[rank * each : (rank + 1) * each]) for rank in range(world_size)]
         assert torch.equal(tree_sum(subtotals), tree_sum(terms)), world_size
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("number", [4, 5, 8])
+def test_both_ways_of_taking_ring_sums_have_the_same_bits(
+    number: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for limit in (0, 2**30):
+        monkeypatch.setattr(reduction, "FEW_OPERATORS", limit)
+        found.append([ring_sum(terms_of(number, size, dtype)) for size in SIZES[:-1]])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_sums_leave_their_terms_alone() -> None:

@@ -101,6 +101,30 @@ def test_numpys_second_normal_number_belongs_to_its_rank(seeded: bool) -> None:
         assert got == [source.normal() for _ in range(4)]
 
 
+def gaussians(group: Group) -> list[float]:
+    out = []
+    random.seed(group.rank)
+    for step in range(6):
+        if (step + group.rank) % 3:
+            out.append(random.gauss(0, 1))
+        barrier(group)
+    return out
+
+
+def test_pythons_second_normal_number_belongs_to_its_rank() -> None:
+    before = random.getstate()
+    for rank, got in enumerate(simulate(gaussians, 3)):
+        source = random.Random(rank)
+        assert got == [source.gauss(0, 1) for _ in range(4)]
+    assert random.getstate() == before
+
+
+def test_python_states_are_kept_where_their_memory_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("src.distributed.rank_state._python_generator", lambda: None)
+    test_each_rank_has_its_own_random_state()
+    test_pythons_second_normal_number_belongs_to_its_rank()
+
+
 @pytest.mark.parametrize("num_shards, inside", [(None, 2), (2, 1)])
 def test_num_shards_sets_one_thread(num_shards: int | None, inside: int) -> None:
     torch.set_num_threads(2)

@@ -29,6 +29,11 @@ class InFlight(TorchDispatchMode):
         self._functions = _Functions(self)
         self._buffers: dict[Any, tuple[Call, Sequence[Tensor], Sequence[Tensor]]] = {}
 
+    @property
+    def empty(self) -> bool:
+        """Whether no buffer is in flight."""
+        return not self._buffers
+
     def add(self, work: Any, call: Call, written: Sequence[Tensor], read: Sequence[Tensor]) -> None:
         """From now on what ``call`` writes must not be used, and what it reads must not be written."""
         if not self._buffers:

@@ -48,7 +48,8 @@ class RankThread(threading.Thread):
     def __init__(self, lockstep: Lockstep, rank: int, body: Callable[[int], Any], state: RankState) -> None:
         super().__init__(name=f"simulated rank {rank}", daemon=True)
         self.lockstep, self.rank, self.body, self.state = lockstep, rank, body, state
-        self.turn = threading.Semaphore(0)
+        self.turn = threading.Lock()
+        self.turn.acquire()
         self.waits_for: Waitable | None = None
         self.polls: Waitable | None = None
         self.last_call: Call | None = None
@@ -69,7 +70,7 @@ class RankThread(threading.Thread):
             self.lockstep.fail(faults.raised(self.rank, error, self.lockstep.threads), error)
         self.ended = True
         self.state.save()
-        self.lockstep.hand_over()
+        self.lockstep.hand_over(self)
         self.over.set()
 
     def wait_for(self, what: Waitable) -> None:
@@ -95,7 +96,7 @@ class RankThread(threading.Thread):
     def yield_turn(self) -> None:
         """Let other ranks run, and come back."""
         self.state.save()
-        self.lockstep.hand_over()
+        self.lockstep.hand_over(self)
         self._take_turn()
 
     def _take_turn(self) -> None:
@@ -136,7 +137,7 @@ class Lockstep:
         try:
             for thread in self.threads:
                 thread.start()
-            first = self._next(self.threads)
+            first = self._next(0)
             assert first is not None
             first.turn.release()
             for thread in self.threads:
@@ -168,16 +169,16 @@ class Lockstep:
 
     def call(
         self,
+        thread: RankThread,
         signature: Signature,
         payload: Any,
         buffers: tuple[Sequence[Tensor], Sequence[Tensor]],
         is_async: bool,
     ) -> Call:
-        """What this rank is about to do, with the tensors that it writes and reads.
+        """What ``thread`` is about to do, with the tensors that it writes and reads.
 
         Raises RankAborted after a fault, SimulationError where it would hang or uses buffers that are in flight.
         """
-        thread = self.current(signature.op)
         call = Call(signature, self.modules.origin(), payload, is_async)
         if self.error is not None:
             raise RankAborted(f"rank {thread.rank} stopped at {call}: {self.error}")
@@ -186,24 +187,24 @@ class Lockstep:
                 f"rank {thread.rank}: {call}, while a module is being imported; other ranks would wait for the "
                 "import lock for ever. Call it from a function that runs after the imports"
             )
-        for tensors, by_writing in zip(buffers, (True, False), strict=True):
-            for tensor in tensors:
-                thread.in_flight.check(tensor, by_writing, str(signature))
+        if not thread.in_flight.empty:
+            for tensors, by_writing in zip(buffers, (True, False), strict=True):
+                for tensor in tensors:
+                    thread.in_flight.check(tensor, by_writing, str(signature))
         thread.last_call = call
         self._idle_polls = 0
         return call
 
-    def meet(self, key: Key, call: Call, action: Action) -> Meeting:
-        """Join this rank's next collective of a group; the last to arrive runs ``action`` on all payloads."""
-        thread = self.current()
+    def meet(self, thread: RankThread, key: Key, call: Call, action: Action) -> Meeting:
+        """``thread`` joins its next collective of a group; the last to arrive runs ``action`` on all payloads."""
         meeting = self._meetings.join(key, thread.rank, call)
         if len(meeting.calls) == len(meeting.members):
             self._complete(key, meeting, action)
         self._preempt(thread)
         return meeting
 
-    def send_or_receive(self, key: Key, message: Message) -> None:
-        """Post one side of a message, whose payload is a list of tensors; it is copied when both sides are there."""
+    def send_or_receive(self, thread: RankThread, key: Key, message: Message) -> None:
+        """``thread`` posts one side of a message, a list of tensors that is copied when both sides are there."""
         found = self._meetings.post(key, message)
         if found is not None:
             sent, received = (message, found) if message.sends else (found, message)
@@ -214,7 +215,7 @@ class Lockstep:
                     out.copy_(tensor)
             received.peer = sent.rank
             sent.complete = received.complete = True
-        self._preempt(self.current())
+        self._preempt(thread)
 
     def fail(self, message: str, cause: BaseException | None = None) -> SimulationError:
         """Note the first fault; from now on every rank that waits is woken to unwind."""
@@ -240,23 +241,28 @@ class Lockstep:
         if self._idle_polls > IDLE_POLLS * len(alive) and self.error is None:
             self.fail(faults.deadlock(self.threads, self._meetings.disagreeing()))
 
-    def hand_over(self) -> None:
-        """Give the turn to the next rank that can run; when none can, all that wait are told why."""
-        me = self.current().rank
-        in_turn = (*self.threads[me + 1 :], *self.threads[: me + 1])
-        found = self._next(in_turn)
-        if found is None and not all(thread.ended for thread in in_turn):
+    def hand_over(self, thread: RankThread) -> None:
+        """Give the turn to the next rank after ``thread`` that can run; when none can, all that wait are told why."""
+        found = self._next(thread.rank + 1)
+        if found is None and not all(other.ended for other in self.threads):
             self.fail(faults.deadlock(self.threads, self._meetings.disagreeing()))
-            found = self._next(in_turn)
+            found = self._next(thread.rank + 1)
         if found is not None:
             found.turn.release()
 
-    def _next(self, in_turn: Sequence[RankThread]) -> RankThread | None:
-        ready = (thread for thread in in_turn if not thread.ended and (self.error is not None or _can_run(thread)))
+    def _next(self, first: int) -> RankThread | None:
+        ready = (
+            thread for i in range(self.world_size) if self._ready(thread := self.threads[first + i - self.world_size])
+        )
         if self.schedule is None:
             return next(ready, None)
         choice = list(ready)
         return self.schedule.choice(choice) if choice else None
+
+    def _ready(self, thread: RankThread) -> bool:
+        if thread.ended:
+            return False
+        return self.error is not None or thread.waits_for is None or thread.waits_for.complete
 
     def _preempt(self, thread: RankThread) -> None:
         if self.schedule is not None and self.schedule.random() < 0.5:
@@ -287,7 +293,3 @@ class Lockstep:
             thread.over.wait(timeout=max(deadline - time.monotonic(), 0))
         if where and not isinstance(error, KeyboardInterrupt):
             error.add_note(f"rank {where.removeprefix(' while rank ')}")
-
-
-def _can_run(thread: RankThread) -> bool:
-    return thread.waits_for is None or thread.waits_for.complete

@@ -108,7 +108,7 @@ class Meetings:
     def join(self, key: Key, rank: int, call: Call) -> Meeting:
         """``rank`` comes to its next collective of the group."""
         index = self._counts[key, rank] = self._counts.get((key, rank), 0) + 1
-        meeting = self._open.setdefault((key, index), Meeting(*key, index))
+        meeting = self._open.get((key, index)) or self._open.setdefault((key, index), Meeting(*key, index))
         meeting.calls[rank] = call
         if len(meeting.calls) == len(meeting.members):
             del self._open[key, index]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import linecache
 import os
 import sys
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, Literal
 
 import torch
@@ -27,34 +28,51 @@ _DECORATORS = os.sep + "typing_extensions.py"
 KEPT_SPANS = 100_000
 
 
-class Source:
-    """The expression of a call, read from its file when it is asked for: ``train: dist.all_reduce(grad)``."""
+class Origin:
+    """Where a collective was called. Its words are made when somebody asks for them, or pickles it."""
 
-    def __init__(self, frame: FrameType) -> None:
-        self._code, self._instruction = frame.f_code, frame.f_lasti
+    def __init__(
+        self, phase: Phase, frame: FrameType | None, module: nn.Module | None = None, root: nn.Module | None = None
+    ) -> None:
+        self.phase, self._module, self._root = phase, module, root
+        self._code = None if frame is None else frame.f_code
+        self._instruction = 0 if frame is None else frame.f_lasti
 
-    def __str__(self) -> str:
-        position = next(islice(self._code.co_positions(), self._instruction // 2, None))
-        line, _, begin, end = position
+    @functools.cached_property
+    def site(self) -> str:
+        """``file:line``."""
+        if self._code is None:
+            return "a thread without user code"
+        return f"{self._code.co_filename}:{_position(self._code, self._instruction)[0]}"
+
+    @functools.cached_property
+    def module(self) -> str:
+        """A dotted path below the outermost module that runs, "" outside of any."""
+        if self._module is None or self._root is None:
+            return ""
+        names = (name for name, found in self._root.named_modules() if found is self._module)
+        return next(names, "") or type(self._module).__name__
+
+    @functools.cached_property
+    def source(self) -> str:
+        """The expression of the call, read from its file: ``train: dist.all_reduce(grad)``."""
+        if self._code is None:
+            return ""
+        line, _, begin, end = _position(self._code, self._instruction)
         text = linecache.getline(self._code.co_filename, line or 0).encode()
         return f"{self._code.co_qualname}: {text[begin:end].decode(errors='replace')}"
 
-    def __reduce__(self) -> tuple[type[str], tuple[str]]:
-        return str, (str(self),)
-
-
-@dataclass(frozen=True)
-class Origin:
-    """``site`` is ``file:line``; ``module`` a dotted path below the outermost module that runs, "" outside of any."""
-
-    site: str
-    module: str
-    phase: Phase
-    source: Source | str = field(default="", compare=False)
+    def __getstate__(self) -> dict[str, str]:
+        return {name: getattr(self, name) for name in ("phase", "site", "module", "source")}
 
     def __str__(self) -> str:
         module = f"in {self.module}, " if self.module else ""
         return f"{module}{self.phase}, at {self.site}"
+
+
+def _position(code: CodeType, instruction: int) -> tuple[int | None, int | None, int | None, int | None]:
+    """Line, last line, first and last byte of an instruction's expression."""
+    return next(islice(code.co_positions(), instruction // 2, None))
 
 
 def in_backward() -> bool:
@@ -64,7 +82,7 @@ def in_backward() -> bool:
 
 def call_site() -> str:
     """``file:line`` of the innermost frame outside of torch, the standard library and this package."""
-    return _site(_user_frame())
+    return Origin("forward", _user_frame()).site
 
 
 def _user_frame() -> FrameType | None:
@@ -74,10 +92,7 @@ def _user_frame() -> FrameType | None:
     return frame
 
 
-def _site(frame: FrameType | None) -> str:
-    return "a thread without user code" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
-
-
+@functools.cache
 def is_library(path: str) -> bool:
     """Whether a source file belongs to torch (and its decorators), to the standard library or to this package."""
     if path.startswith((_TORCH, _PACKAGE, "<frozen")) or path.endswith(_DECORATORS):
@@ -129,13 +144,12 @@ class ModuleTracker:
     def origin(self) -> Origin:
         """Of the collective that is being called in this thread."""
         frame = _user_frame()
-        site, source = _site(frame), "" if frame is None else Source(frame)
         if not in_backward():
             running = self._here.running
-            return Origin(site, _path(running[-1][0], running[0][0]) if running else "", "forward", source)
+            return Origin("forward", frame, running[-1][0], running[0][0]) if running else Origin("forward", frame)
         node = torch._C._current_autograd_node()
         span = None if node is None else self._here.find(node._sequence_nr())
-        return Origin(site, _path(span.module, span.root) if span else "", "backward", source)
+        return Origin("backward", frame, span.module, span.root) if span else Origin("backward", frame)
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         self._here.running.append((module, torch.autograd._get_sequence_nr()))  # type: ignore[attr-defined]
@@ -173,8 +187,3 @@ class _ThreadModules(threading.local):
         """The innermost span: inner modules end before outer ones do."""
         first = bisect.bisect_right(self.spans, number, key=lambda span: span.end)
         return next((span for span in self.spans[first:] if span.start <= number), None)
-
-
-def _path(module: nn.Module, root: nn.Module) -> str:
-    names = (name for name, found in root.named_modules() if found is module)
-    return next(names, "") or type(module).__name__

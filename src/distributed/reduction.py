@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+FEW_OPERATORS = 4096
+"""Bytes for each of four or more ranks up to which ``ring_sum`` makes copies for the sake of fewer operators."""
 
 
 def tree_sum(terms: Sequence[Tensor]) -> Tensor:
@@ -32,14 +38,23 @@ def ring_sum(terms: Sequence[Tensor]) -> Tensor:
     segment = _round_up(-(-length * itemsize // (2 * world_size)), itemsize)
     segments = max(-(-length * itemsize // segment), 2 * world_size) if length else 0
     block = _round_up(segments, world_size) // world_size * segment // itemsize
-    out = flat[0].clone()
+    if world_size > 3 and length * itemsize <= FEW_OPERATORS * world_size:
+        return _blocks_at_once(torch.stack(flat), block).view(-1)[:length].view(terms[0].shape)
+    out = torch.empty_like(flat[0])
     for k in range(world_size):
         piece = slice(k * block, min((k + 1) * block, length))
-        total = flat[(k - 1) % world_size][piece]
+        total = out[piece].copy_(flat[k - 1][piece])
         for step in range(2, world_size + 1):
-            total = total + flat[(k - step) % world_size][piece]
-        out[piece] = total
+            total += flat[k - step][piece]
     return out.view(terms[0].shape)
+
+
+def _blocks_at_once(terms: Tensor, block: int) -> Tensor:
+    """``terms [rank, length] -> [rank, block]``: the sums of all blocks, with one operator for each step."""
+    ranks = torch.arange(len(terms), device=terms.device)
+    blocks = F.pad(terms, (0, len(terms) * block - terms.shape[1])).view(len(terms), len(terms), block)
+    steps = blocks[(ranks - 1 - ranks[:, None]) % len(terms), ranks].unbind()
+    return functools.reduce(torch.add, steps)
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .origin import Origin
 
 
-@dataclass(frozen=True)
-class Signature:
+class Signature(NamedTuple):
     """All that the ranks of a group must agree on. ``tensors`` are dtype and shape, such as ``float32[2, 8]``."""
 
     op: str
@@ -26,8 +26,7 @@ class Signature:
         return f"{self.op}({', '.join((*filter(None, [self.reduce_op]), *root, *self.tensors))})"
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """One rank's part of a collective, and where it was called."""
 
     signature: Signature
@@ -41,13 +40,23 @@ class Call:
 
 def specs(tensors: Sequence[Tensor]) -> tuple[str, ...]:
     """Dtype and shape of each tensor."""
-    return tuple(f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}" for tensor in tensors)
+    return tuple([_spec(tensor.dtype, tensor.shape) for tensor in tensors])
+
+
+@functools.lru_cache(maxsize=4096)
+def _spec(dtype: torch.dtype, shape: torch.Size) -> str:
+    return f"{str(dtype).removeprefix('torch.')}{list(shape)}"
 
 
 def reduce_op_name(opts: Any) -> str:
     """The name of the reduction that a call's options ask for: SUM, MAX, …"""
     op = dist.ReduceOp.SUM if opts is None else opts.reduceOp
-    return str(getattr(op, "op", op)).rsplit(".", 1)[-1]
+    return _name(getattr(op, "op", op))
+
+
+@functools.cache
+def _name(op: Any) -> str:
+    return str(op).rsplit(".", 1)[-1]
 
 
 def agree(calls: Mapping[int, Call]) -> bool:
@@ -68,10 +77,12 @@ def in_opposite_order(before: Mapping[int, Call], after: Mapping[int, Call]) -> 
     for at once are left alone: in a loop, ranks may well take turns in who comes to which line.
     """
     calls = [*before.values(), *after.values()]
-    sites = {(before[rank].origin.site, after[rank].origin.site) for rank in before}
-    if len(sites) == 1 or not agree(dict(enumerate(calls))) or not all(call.is_async for call in calls):
+    if not all(call.is_async for call in calls) or not agree(dict(enumerate(calls))):
         return False
-    sources = {(str(before[rank].origin.source), str(after[rank].origin.source)) for rank in before}
+    sites = {(before[rank].origin.site, after[rank].origin.site) for rank in before}
+    if len(sites) == 1:
+        return False
+    sources = {(before[rank].origin.source, after[rank].origin.source) for rank in before}
     return any(a != b and (b, a) in pairs for pairs in (sites, sources) for a, b in pairs)
 
 

@@ -164,10 +164,16 @@ class SimulatedProcessGroup(SignedProcessGroup):
         self, method: str, signature: Signature, args: tuple[Any, ...], outputs: Sequence[Tensor], opts: Any
     ) -> SimulatedWork:
         is_async = getattr(opts, "asyncOp", False) and called_by_torch_api()  # C++ waits by itself
-        inputs = [tensor for tensor in tensors_in(args) if all(tensor is not out for out in outputs)]
-        call = self.lockstep.call(signature, args, (outputs, inputs), is_async)
-        meeting = self.lockstep.meet(self.key, call, lambda calls: ACTIONS[method](calls, opts))
-        return self._work(meeting, outputs, inputs, is_async)
+        thread = self.lockstep.current(signature.op)
+        inputs: list[Tensor] = []
+        if is_async or not thread.in_flight.empty:
+            inputs = [tensor for tensor in tensors_in(args) if all(tensor is not out for out in outputs)]
+        call = self.lockstep.call(thread, signature, args, (outputs, inputs), is_async)
+        meeting = self.lockstep.meet(thread, self.key, call, lambda calls: ACTIONS[method](calls, opts))
+        work = SimulatedWork(thread, meeting, outputs)
+        if is_async and (outputs or inputs):
+            thread.in_flight.add(work, call, outputs, inputs)
+        return work
 
     def send(self, tensors: list[Tensor], destination: int, tag: int) -> SimulatedWork:
         return self._message(True, tensors, self.ranks[destination], tag)
@@ -183,17 +189,11 @@ class SimulatedProcessGroup(SignedProcessGroup):
     def _message(self, sends: bool, tensors: list[Tensor], peer: int | None, tag: int) -> SimulatedWork:
         outputs, inputs = ([], tensors) if sends else (tensors, [])
         signature = Signature("send" if sends else "recv", None, None, specs(tensors))
-        call = self.lockstep.call(signature, tensors, (outputs, inputs), True)
-        message = Message(sends, self.lockstep.current().rank, peer, tag, self.ranks, call)
-        self.lockstep.send_or_receive(self.key, message)
-        return self._work(message, outputs, inputs, True)
-
-    def _work(
-        self, what: Waitable, outputs: Sequence[Tensor], inputs: Sequence[Tensor], is_async: bool
-    ) -> SimulatedWork:
-        thread = self.lockstep.current()
-        work = SimulatedWork(thread, what, outputs)
-        if is_async and (outputs or inputs):
-            assert thread.last_call is not None
-            thread.in_flight.add(work, thread.last_call, outputs, inputs)
+        thread = self.lockstep.current(signature.op)
+        call = self.lockstep.call(thread, signature, tensors, (outputs, inputs), True)
+        message = Message(sends, thread.rank, peer, tag, self.ranks, call)
+        self.lockstep.send_or_receive(thread, self.key, message)
+        work = SimulatedWork(thread, message, outputs)
+        if tensors:
+            thread.in_flight.add(work, call, outputs, inputs)
         return work
