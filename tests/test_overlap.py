@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +13,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from src import Group, Ledger, simulate
-from src.distributed import barrier, collectives, overlap
+from src import Group, Ledger, SimulationError, cpu, simulate
+from src.distributed import (
+    all_reduce,
+    barrier,
+    collectives,
+    overlap,
+    reduce_scatter,
+    start_all_reduce,
+    start_reduce_scatter,
+)
 from src.modeling import (
     Attention,
     ColumnParallelLinear,
@@ -215,7 +225,7 @@ def both_ways(group: Group, *args: Any) -> list[bool]:
 NUMBERS = {"fp32": (torch.float32, False), "bf16": (torch.bfloat16, False), "autocast": (torch.float32, True)}
 
 
-@pytest.mark.ranks(2, 4, gloo=2)
+@pytest.mark.ranks(2, gloo=2)
 @pytest.mark.parametrize("numbers", NUMBERS)
 @pytest.mark.parametrize("kind", MODULES)
 def test_same_bits_as_the_plain_way(ranks: Ranks, kind: str, numbers: str) -> None:
@@ -273,3 +283,67 @@ def test_a_compiled_graph_orders_its_work_by_itself(ranks: Ranks) -> None:
     for got, want, graphs in ranks.on("gloo", 2)(at_any_size, compiled):
         assert graphs == 1
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def started(group: Group, dtype: torch.dtype) -> list[bool]:
+    """Whether started sums have the bits of those that are waited for at once, whatever becomes of their input."""
+    x = torch.randn(4, 8, 40, generator=torch.Generator().manual_seed(group.rank)).to(dtype)
+    found = []
+    for view in (lambda x: x, lambda x: x.transpose(0, 1), lambda x: x[..., ::2], lambda x: x[:, :, 0]):
+        tensor = view(x.clone())
+        before = tensor.clone()
+        finish, scattered = start_all_reduce(tensor, group=group), start_reduce_scatter(tensor, group=group, dim=1)
+        untouched = torch.equal(tensor, before)
+        tensor.zero_()
+        got = finish(), scattered()
+        want = all_reduce(before, group=group), reduce_scatter(before, group=group, dim=1)
+        found += [untouched, *map(torch.equal, got, want)]
+    return found
+
+
+@pytest.mark.ranks(2, 4, gloo=2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("order", ["backend", "tree"])
+def test_started_sums(ranks: Ranks, order: str, dtype: torch.dtype) -> None:
+    for program in (started, at_any_size):
+        args = (dtype,) if program is started else (started, dtype)
+        for same in ranks(program, *args, reduce_order=order):
+            assert all(same), same
+
+
+def test_a_started_sum_is_in_every_ledger_that_saw_it() -> None:
+    def program(group: Group) -> list[list[str]]:
+        with Ledger() as outer:
+            with Ledger() as inner:
+                finish = start_all_reduce(torch.ones(3), group=group)
+            all_reduce(torch.ones(1), group=group)
+            finish()
+        assert [outer.records[0], outer.count()] == [inner.records[0], 2]
+        return [in_order(ledger) for ledger in (outer, inner)]
+
+    started_and_waited = ["started all_reduce", "waited all_reduce"]
+    want = [["started all_reduce", "called all_reduce", "waited all_reduce"], started_and_waited]
+    assert simulate(program, 2) == [want] * 2
+
+
+def leaves_early(group: Group) -> None:
+    y = ColumnParallelLinear(8, 4, group=group)(torch.ones(2, 8, requires_grad=True))
+    if group.rank == 0:
+        y.sum().backward()
+
+
+def test_faults_name_the_collective_that_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns, "MIN_BYTES", 0)
+    line = inspect.getsourcelines(leaves_early)[1] + 3
+    call = rf"all_reduce\(SUM, float32\[2, 8\]\) in ColumnParallelLinear, backward, at {re.escape(__file__)}:{line}"
+    with pytest.raises(SimulationError, match=call) as caught:
+        simulate(leaves_early, 2)
+    assert "rank 1" in str(caught.value)
+
+
+def test_wide_products_are_those_of_the_plain_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "has_bfloat16_units", lambda: False)
+    monkeypatch.setattr(cpu, "WEIGHT_ELEMENTS", 200)
+    for numbers in ("bf16", "autocast"):
+        for same in simulate(both_ways, 2, "block", *NUMBERS[numbers], num_shards=4):
+            assert all(same), numbers

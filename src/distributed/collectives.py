@@ -70,8 +70,8 @@ def reduce_scatter(tensor: Tensor, *, group: Group, dim: int = 0) -> Tensor:
 def start_all_reduce(tensor: Tensor, *, group: Group) -> Callable[[], Tensor]:
     """Begin to sum over the ranks; the function that comes back waits, and gives what ``all_reduce`` gives, bit by bit.
 
-    Nobody may write into ``tensor`` before that. In tree order messages of at most ``GATHER_BYTES`` are summed at once;
-    of larger ones the exchange runs meanwhile, sums and gathering follow the wait.
+    ``tensor`` is copied first. In tree order messages of at most ``GATHER_BYTES`` are summed at once; of larger ones
+    the exchange runs meanwhile, sums and gathering follow the wait.
     """
     by_tree = group.reduce_order == "tree"
     if group.world_size == 1 or (by_tree and tensor.nbytes <= GATHER_BYTES):
