@@ -83,7 +83,12 @@ def train(world: Group, options: Options) -> Outcome:
         fill_model(options.model, model, mesh.tp)
     wrapped = mesh.wrap(model, options.dp_mode)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=options.weight_decay
+        model.parameters(),
+        lr=options.lr,
+        betas=(0.9, 0.95),
+        weight_decay=options.weight_decay,
+        fused=options.num_shards
+        is None,  # it rounds the last elements of a tensor otherwise, so its bits depend on cuts
     )
     checkpoints = options.out / "checkpoints"
     history = restore(checkpoints, model, optimizer, corpus, mesh, options)

@@ -65,9 +65,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
 
     ``x [..., in]``, ``weight [out, in]``, ``bias [out] -> [..., out]``.
     """
-    if not serves(x, contiguous=False) or has_bfloat16_units() or not weight.is_cpu:
-        return None
-    if x.numel() < MIN_ROWS * x.size(-1):
+    if not _widens(x) or not weight.is_cpu:
         return None
     dtype = torch.promote_types(x.dtype, weight.dtype)
     if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
@@ -77,6 +75,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     bias = None if bias is None else bias.to(dtype)
     y: Tensor = _WideLinear.apply(x.to(dtype), weight.to(dtype), bias)  # type: ignore[no-untyped-call]
     return y
+
+
+def linear_input_grad(grad: Tensor, weight: Tensor) -> Tensor | None:
+    """That of ``linear``: ``grad [n, out]``, ``weight [out, in] -> [n, in]``."""
+    return _wide_input_grad(grad, weight) if _widens(grad) and grad.dtype == torch.bfloat16 else None
+
+
+def linear_weight_grad(grad: Tensor, x: Tensor) -> Tensor | None:
+    """That of ``linear``: ``grad [n, out]``, ``x [n, in] -> [out, in]``."""
+    return _wide_weight_grad(grad, x) if _widens(grad) and grad.dtype == torch.bfloat16 else None
 
 
 def group_rms_norm(x: Tensor, weight: Tensor, group_size: int, eps: float) -> Tensor | None:
@@ -196,15 +204,31 @@ class _WideLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        rows, grads = x.reshape(-1, x.shape[-1]).float(), grad.reshape(-1, weight.shape[0])
-        x_grad, weight_grad = torch.zeros_like(rows), empty_like(weight)
-        with torch.autocast("cpu", enabled=False):
-            for block in _blocks(weight, WEIGHT_ELEMENTS):
-                wide = grads[:, block].float()
-                x_grad.addmm_(wide, weight[block].float())
-                weight_grad[block] = wide.T @ rows
-        bias_grad = grads.sum(0) if ctx.biased else None
-        return x_grad.to(x.dtype).view(x.shape), weight_grad, bias_grad
+        grads, needed = grad.reshape(-1, weight.shape[0]), ctx.needs_input_grad
+        x_grad = _wide_input_grad(grads, weight).view(x.shape) if needed[0] else None
+        weight_grad = _wide_weight_grad(grads, x.reshape(-1, x.shape[-1])) if needed[1] else None
+        return x_grad, weight_grad, grads.sum(0) if ctx.biased else None
+
+
+def _widens(x: Tensor) -> bool:
+    """Whether a product of ``x [..., n]``, should it be one in bfloat16, is taken in float32."""
+    return serves(x, contiguous=False) and not has_bfloat16_units() and x.numel() >= MIN_ROWS * x.size(-1)
+
+
+def _wide_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
+    total = grad.new_zeros(len(grad), weight.shape[1], dtype=torch.float32)
+    with torch.autocast("cpu", enabled=False):
+        for block in _blocks(weight, WEIGHT_ELEMENTS):
+            total.addmm_(grad[:, block].float(), weight[block].float())
+    return total.to(grad.dtype)
+
+
+def _wide_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
+    rows, total = x.float(), empty_like(grad.new_empty(grad.shape[1], x.shape[1]))
+    with torch.autocast("cpu", enabled=False):
+        for block in _blocks(total, WEIGHT_ELEMENTS):
+            total[block] = grad[:, block].float().T @ rows
+    return total
 
 
 def _rotated(x: Tensor, cos: Tensor, first_sin: Tensor, second_sin: Tensor) -> Tensor:

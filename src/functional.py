@@ -30,6 +30,26 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias) if fast is None else fast
 
 
+def product_dtype(x: Tensor, *weights: Tensor) -> torch.dtype | None:
+    """In which ``linear`` multiplies ``x`` by each of ``weights``: autocast's, or their own; None where they differ."""
+    dtypes = {x.dtype, *(weight.dtype for weight in weights)}
+    if torch.is_autocast_enabled(x.device.type) and torch.float64 not in dtypes:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype if len(dtypes) == 1 else None
+
+
+def linear_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
+    """``grad [n, out]``, ``weight [out, in]`` -> ``[n, in]``, with the bits that autograd gives ``linear``."""
+    fast = cpu.linear_input_grad(grad, weight)
+    return grad.mm(weight) if fast is None else fast
+
+
+def linear_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
+    """``grad [n, out]``, ``x [n, in]`` -> ``[out, in]``, with the bits that autograd gives ``linear``."""
+    fast = cpu.linear_weight_grad(grad, x)
+    return grad.t().mm(x) if fast is None else fast
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x [..., h]``, ``weight [h]`` -> ``x / sqrt(mean(x^2) + eps) * weight``, of x's dtype and device."""
     return group_rms_norm(x, weight, x.size(-1), eps)

@@ -55,7 +55,7 @@ FLOORS = {
         {"failure", "faults"},
         {"checked", "collectives", "lockstep"},
         {"lockstep_store", "simulation"},
-        {"regions", "runtime"},
+        {"overlap", "regions", "runtime"},
     ],
     "formats": [
         {"directory", "llama_config", "slices"},
@@ -68,7 +68,7 @@ FLOORS = {
         {"norm", "rope", "swiglu", "embedding", "cross_entropy"},
     ],
     "modeling": [
-        {"config", "checks", "conversion", "parameters"},
+        {"columns", "config", "checks", "conversion", "parameters"},
         {"norm", "pos_emb", "linear", "kv_linear", "dropout", "vocab_emb", "loss"},
         {"attention", "mlp", "lm_head"},
         {"block"},

@@ -65,6 +65,22 @@ def test_a_long_wait_ends(ranks: Ranks) -> None:
     assert ranks.on("gloo", 2)(waits) == [[77, seconds] for seconds in before] and 77 not in before
 
 
+@pytest.mark.parametrize("options", [[], pytest.param(["--check"], marks=pytest.mark.slow)], ids=["plain", "checked"])
+def test_the_missing_rank_of_a_sum_that_was_started_is_named(options: list[str]) -> None:
+    done = launch("--nproc-per-node", "3", "--timeout", "3", *options, "tests/launched/fails_in_flight.py")
+    assert done.returncode == 1
+    lines = (ROOT / "tests/launched/fails_in_flight.py").read_text().split("\n")
+    place = rf"backward, at \S*fails_in_flight.py:{lines.index('        y.backward()') + 1}"
+    for rank in (0, 2):
+        if options:
+            sentence = rf"rank 1 did not come to all_reduce\(SUM, float32\[1024, 512\]\) .*{place}"
+        else:
+            sentence = rf"all_reduce\(float32\[1024, 512\]\) {place}: failed in the group of ranks \[0, 1, 2\]: rank 1 "
+        assert re.search(rf"^\[rank{rank}\]: .*{sentence}", done.stderr, re.MULTILINE), done.stderr
+    waits = [float(seconds) for seconds in re.findall(r"ended after (\S+) s", done.stdout)]
+    assert len(waits) == 2 and max(waits) < 10
+
+
 @pytest.mark.slow
 def test_a_restarted_job_ends_with_the_same_digest(tmp_path: Path) -> None:
     job = [

@@ -86,7 +86,7 @@ def test_audit_names_norms_whose_gradients_nobody_sums(monkeypatch: pytest.Monke
 
 
 def test_audit_names_a_forgotten_copy_to_region(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("src.modeling.mlp.copy_to_shards", lambda x, group: [x] * len(group.shards))
+    monkeypatch.setattr("src.modeling.columns.copy_to_shards", lambda x, group: [x] * len(group.shards))
     assert (
         "gradient of layers.0.ffn_norm.weight differs between ranks [0] and [1] and [2] and [3]"
         in simulate(audited, 4, False)[0]

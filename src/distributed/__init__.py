@@ -1,7 +1,15 @@
 """Groups, collectives, and where ranks run."""
 
 from .checked_messages import CheckError
-from .collectives import all_gather, all_reduce, barrier, broadcast, reduce_scatter
+from .collectives import (
+    all_gather,
+    all_reduce,
+    barrier,
+    broadcast,
+    reduce_scatter,
+    start_all_reduce,
+    start_reduce_scatter,
+)
 from .failure import RankFailure, long_wait
 from .group import Group
 from .ledger import Ledger
@@ -49,4 +57,6 @@ __all__ = [
     "share_shards",
     "simulate",
     "split_shards",
+    "start_all_reduce",
+    "start_reduce_scatter",
 ]

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..sharding import check_rank
 from .failure import explain, names_faults
 from .group import Group
-from .ledger import record
+from .ledger import record, record_wait
 from .reduction import tree_sum
 from .signature import specs
 
@@ -58,17 +58,59 @@ def reduce_scatter(tensor: Tensor, *, group: Group, dim: int = 0) -> Tensor:
     """
     if group.world_size == 1:
         return tensor
-    if tensor.shape[dim] % group.world_size:
-        raise ValueError(
-            f"reduce_scatter: size {tensor.shape[dim]} of dim {dim} is not divisible by world_size={group.world_size}"
-        )
+    slices = _cut(tensor, group, dim)
     record("reduce_scatter", tensor, group.world_size, 1 - 1 / group.world_size)
-    slices = torch.stack(tensor.chunk(group.world_size, dim))
     if group.reduce_order == "tree":
         return tree_sum(_exchange(slices, group).unbind(0))
     out = torch.empty_like(slices[0])
     _call("reduce_scatter", tensor, group, _reduce_scatter_flat, out.view(-1), slices.view(-1))
     return out
+
+
+def start_all_reduce(tensor: Tensor, *, group: Group) -> Callable[[], Tensor]:
+    """Begin to sum over the ranks; the function that comes back waits, and gives what ``all_reduce`` gives, bit by bit.
+
+    ``tensor`` is copied first. In tree order messages of at most ``GATHER_BYTES`` are summed at once; of larger ones
+    the exchange runs meanwhile, sums and gathering follow the wait.
+    """
+    by_tree = group.reduce_order == "tree"
+    if group.world_size == 1 or (by_tree and tensor.nbytes <= GATHER_BYTES):
+        total = all_reduce(tensor, group=group)
+        return lambda: total
+    entries = record("all_reduce", tensor, group.world_size, 2 - 2 / group.world_size, "started")
+    if by_tree:
+        wait = _start_exchange(_even_slices(tensor, group), tensor, group)
+    else:
+        out = tensor.clone(memory_format=torch.contiguous_format)
+        wait = _start("all_reduce", tensor, group, out, dist.all_reduce, out)
+
+    def finish() -> Tensor:
+        received = wait()
+        record_wait(entries)
+        return _gather_slices(tree_sum(received.unbind(0)), tensor, group) if by_tree else received
+
+    return finish
+
+
+def start_reduce_scatter(tensor: Tensor, *, group: Group, dim: int = 0) -> Callable[[], Tensor]:
+    """Begin a ``reduce_scatter``; the function that comes back waits, and gives its result, bit by bit."""
+    if group.world_size == 1:
+        return lambda: tensor
+    slices = _cut(tensor, group, dim)
+    entries = record("reduce_scatter", tensor, group.world_size, 1 - 1 / group.world_size, "started")
+    by_tree = group.reduce_order == "tree"
+    if by_tree:
+        wait = _start_exchange(slices, tensor, group)
+    else:
+        out = torch.empty_like(slices[0])
+        wait = _start("reduce_scatter", tensor, group, out, _reduce_scatter_flat, out.view(-1), slices.view(-1))
+
+    def finish() -> Tensor:
+        received = wait()
+        record_wait(entries)
+        return tree_sum(received.unbind(0)) if by_tree else received
+
+    return finish
 
 
 def broadcast(tensor: Tensor, *, group: Group, src: int = 0) -> Tensor:
@@ -90,13 +132,12 @@ def barrier(group: Group) -> None:
         _call("barrier", nothing, group, dist.barrier)
 
 
-def _call(name: str, tensor: Tensor, group: Group, function: Callable[..., Any], *args: Any, **options: Any) -> None:
+def _call(name: str, tensor: Tensor, group: Group, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """``function(*args, group=…)``; when it fails among real processes, the error names the missing ranks."""
     if torch.compiler.is_compiling():
-        function(*args, group=group.pg, **options)
-        return
+        return function(*args, group=group.pg, **options)
     try:
-        function(*args, group=group.pg, **options)
+        return function(*args, group=group.pg, **options)
     except RuntimeError as error:
         if names_faults(group.pg):
             raise
@@ -105,6 +146,28 @@ def _call(name: str, tensor: Tensor, group: Group, function: Callable[..., Any],
 
 DOOR = _call.__code__
 """The code in which a rank waits for others."""
+
+
+def _start(
+    name: str, tensor: Tensor, group: Group, out: Tensor, function: Callable[..., Any], *args: Any
+) -> Callable[[], Tensor]:
+    """The same without waiting; the function that comes back waits and gives ``out``."""
+    work = _call(name, tensor, group, function, *args, async_op=True)
+
+    def wait(group: Any) -> Tensor:
+        work.wait()
+        return out
+
+    return lambda: _call(name, tensor, group, wait)
+
+
+def _cut(tensor: Tensor, group: Group, dim: int) -> Tensor:
+    """``world_size`` equal slices of ``dim``, stacked."""
+    if tensor.shape[dim] % group.world_size:
+        raise ValueError(
+            f"reduce_scatter: size {tensor.shape[dim]} of dim {dim} is not divisible by world_size={group.world_size}"
+        )
+    return torch.stack(tensor.chunk(group.world_size, dim))
 
 
 def _gather_parts(tensor: Tensor, group: Group) -> Tensor:
@@ -122,11 +185,25 @@ def _exchange(slices: Tensor, group: Group) -> Tensor:
     return out
 
 
+def _start_exchange(slices: Tensor, tensor: Tensor, group: Group) -> Callable[[], Tensor]:
+    out = torch.empty_like(slices)
+    return _start("all_to_all", tensor, group, out, dist.all_to_all_single, out.view(-1), slices.view(-1))
+
+
 def _tree_all_reduce(tensor: Tensor, group: Group) -> Tensor:
     if tensor.nbytes <= GATHER_BYTES:
         return tree_sum(_gather_parts(tensor, group).unbind(0))
+    return _gather_slices(tree_sum(_exchange(_even_slices(tensor, group), group).unbind(0)), tensor, group)
+
+
+def _even_slices(tensor: Tensor, group: Group) -> Tensor:
+    """All elements in ``world_size`` rows, the last ones filled up with zeros."""
     length = tensor.numel()
     slices = tensor.new_zeros(group.world_size, -(-length // group.world_size))
     slices.view(-1)[:length] = tensor.reshape(-1)
-    total = tree_sum(_exchange(slices, group).unbind(0))
-    return _gather_parts(total, group).view(-1)[:length].view(tensor.shape)
+    return slices
+
+
+def _gather_slices(total: Tensor, like: Tensor, group: Group) -> Tensor:
+    """The inverse of ``_even_slices``, each rank giving its row."""
+    return _gather_parts(total, group).view(-1)[: like.numel()].view(like.shape)

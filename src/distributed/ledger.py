@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -51,6 +51,14 @@ class Record:
         return Transfer(self.op, size, gathers and self.op == "all_reduce")
 
 
+@dataclass(frozen=True)
+class Event:
+    """What became of a recorded collective: called and done at once, or started, and later waited for."""
+
+    kind: Literal["called", "started", "waited"]
+    record: Record
+
+
 class Ledger:
     """Records the collectives that this rank calls inside the ``with`` block, forward and backward.
 
@@ -58,11 +66,13 @@ class Ledger:
             model(ids).sum().backward()
         assert ledger.count("all_reduce", phase="backward") == 2
 
-    Ledgers nest; each belongs to the rank that entered it.
+    ``records`` are in the order of the calls. ``events`` tell when those that run beside other work were started and
+    waited for. Ledgers nest; each belongs to the rank that entered it.
     """
 
     def __init__(self) -> None:
         self.records: list[Record] = []
+        self.events: list[Event] = []
         self._modules = ModuleTracker()
 
     def __enter__(self) -> Ledger:
@@ -101,27 +111,39 @@ class Ledger:
         transfers = [record.transfer for record in self.records]
         return [estimate(transfers, links, size) for size in sizes]
 
-    def add(self, op: str, tensor: Tensor, world_size: int, wire: float) -> None:
+    def add(self, op: str, tensor: Tensor, world_size: int, wire: float, kind: Literal["called", "started"]) -> Record:
         """Enter one collective, of which this rank sends ``wire`` times the size of ``tensor``."""
         origin = self._modules.origin()
-        self.records.append(
-            Record(
-                op,
-                tensor.dtype,
-                tuple(tensor.shape),
-                tensor.nbytes,
-                round(wire * tensor.nbytes),
-                world_size,
-                origin.module,
-                origin.site,
-                origin.phase,
-            )
+        entry = Record(
+            op,
+            tensor.dtype,
+            tuple(tensor.shape),
+            tensor.nbytes,
+            round(wire * tensor.nbytes),
+            world_size,
+            origin.module,
+            origin.site,
+            origin.phase,
         )
+        self.records.append(entry)
+        self.events.append(Event(kind, entry))
+        return entry
 
 
-def record(op: str, tensor: Tensor, world_size: int, wire: float) -> None:
+Entries = Sequence[tuple[Ledger, Record]]
+"""One collective in every ledger that was active when it was called."""
+
+
+def record(
+    op: str, tensor: Tensor, world_size: int, wire: float, kind: Literal["called", "started"] = "called"
+) -> Entries:
     """Enter a collective into every active ledger."""
     if torch.compiler.is_compiling():
-        return
-    for ledger in _ledgers.get():
-        ledger.add(op, tensor, world_size, wire)
+        return ()
+    return [(ledger, ledger.add(op, tensor, world_size, wire, kind)) for ledger in _ledgers.get()]
+
+
+def record_wait(entries: Entries) -> None:
+    """Note that a collective that was started has been waited for."""
+    for ledger, entry in entries:
+        ledger.events.append(Event("waited", entry))

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ..distributed.group import group_or_single
 from ..distributed.random import SEED_STRIDE
-from ..distributed.regions import copy_to_shards, gather_to_shards
 from ..functional import Rotation, rotate_queries_and_keys
 from ..sharding import shard_size
 from .checks import check_activations
+from .columns import column_shards
 from .config import ModelArgs
 from .dropout import ParallelDropout
 from .kv_linear import KVParallelLinear
@@ -26,7 +26,7 @@ Mask: TypeAlias = Tensor | Literal["causal"] | None
 class Attention(nn.Module):
     """``wo(softmax(q k^T / sqrt(hd) + mask) v)``; each logical shard computes whole heads, so no score is ever sent.
 
-    q, k and v share one ``copy_to_shards``: one all-reduce forward (``wo``), one backward. The KV cache holds
+    q, k and v share their input: one all-reduce forward (``wo``), one backward. The KV cache holds
     ``max_batch_size x max_seq_len`` positions of this rank's heads, is allocated on first use and is no part of the
     state dict.
 
@@ -77,8 +77,8 @@ class Attention(nn.Module):
         """
         check_activations(x, self.args.dim, "Attention", sequence=True)
         self._check_positions(x, start_pos, mask)
-        inputs = (gather_to_shards if self.sequence_parallel else copy_to_shards)(x, group=self.group)
-        q, k, v = (self._heads(projection, inputs) for projection in (self.wq, self.wk, self.wv))
+        place: dict[str, Any] = {"group": self.group, "sequence_parallel": self.sequence_parallel}
+        q, k, v = (self._heads(y) for y in column_shards(x, (self.wq, self.wk, self.wv), **place))
         turned = [rotate_queries_and_keys(*heads, freqs_cis) for heads in zip(q, k, strict=True)]
         q, k = (list(heads) for heads in zip(*turned, strict=True))
         if start_pos > 0 or not torch.is_grad_enabled():
@@ -92,9 +92,9 @@ class Attention(nn.Module):
             return KVParallelLinear(args.dim, args.kv_heads, args.head_dim, **options)
         return ColumnParallelLinear(args.dim, args.kv_heads * args.head_dim, bias=False, **options)
 
-    def _heads(self, projection: ColumnParallelLinear | KVParallelLinear, inputs: list[Tensor]) -> list[Tensor]:
+    def _heads(self, projected: list[Tensor]) -> list[Tensor]:
         """``[b, s, heads, hd]`` per logical shard."""
-        return [y.unflatten(-1, (-1, self.args.head_dim)) for y in projection.forward_shards(inputs)]
+        return [y.unflatten(-1, (-1, self.args.head_dim)) for y in projected]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         """``[b, s, heads, hd]`` of one logical shard -> ``[b, s, heads * hd]``."""

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from ..distributed.group import as_group
 from ..distributed.random import fill_shards, uniform
-from ..distributed.regions import copy_to_shards, join_shards, share_shards
+from ..distributed.regions import join_shards, share_shards
 from ..functional import linear
 from ..sharding import MAX_SHARDS, shared_range
 from .checks import check_activations
+from .columns import column_shards
 from .conversion import check_plain, take_parameters
 
 
@@ -29,7 +30,7 @@ class KVParallelLinear(nn.Module):
     Raises ValueError unless ``num_heads`` divides the number of logical shards.
     """
 
-    enter: Callable[..., list[Tensor]] = staticmethod(copy_to_shards)
+    enter: Callable[..., list[Tensor]] | None = None  # as in ColumnParallelLinear
 
     def __init__(
         self,
@@ -102,15 +103,23 @@ class KVParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in] -> y [..., V/w * head_dim]``: the head of each logical shard of this rank in turn."""
         check_activations(x, self.in_features, "KVParallelLinear")
+        if self.enter is None:
+            return join_shards(column_shards(x, [self], group=self.group)[0])
         return join_shards(self.forward_shards(self.enter(x, group=self.group)))
 
     def forward_shards(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """One ``x [..., in]`` per logical shard of this rank, from ``copy_to_shards``, to ``[..., head_dim]`` each."""
-        weights = share_shards(self.weight, group=self.group, replicas=self.replicas)
-        if self.bias is None:
-            return [linear(x, weight) for x, weight in zip(inputs, weights, strict=True)]
-        biases = share_shards(self.bias, group=self.group, replicas=self.replicas)
-        return [linear(x, weight, bias) for x, weight, bias in zip(inputs, weights, biases, strict=True)]
+        return list(map(linear, inputs, *self.shard_parameters()))
+
+    def shard_parameters(self) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Weight ``[head_dim, in]`` and bias of each logical shard of this rank."""
+        place: dict[str, Any] = {"group": self.group, "replicas": self.replicas}
+        weights = share_shards(self.weight, **place)
+        return weights, [None] * len(weights) if self.bias is None else [*share_shards(self.bias, **place)]
+
+    def finish_shards(self, products: list[Tensor]) -> list[Tensor]:
+        """As in ColumnParallelLinear."""
+        return products
 
     def extra_repr(self) -> str:
         return (

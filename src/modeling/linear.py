@@ -19,21 +19,26 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed.group import as_group
+from ..distributed.overlap import multiply_reduce
 from ..distributed.random import fill_shards, uniform
 from ..distributed.regions import (
     copy_to_shards,
     gather_from_region,
-    gather_to_shards,
     join_shards,
     reduce_from_shards,
     reduce_scatter_from_shards,
     scatter_to_region,
     split_shards,
 )
-from ..functional import linear
+from ..functional import linear, product_dtype
 from ..sharding import MAX_SHARDS, shard_size
 from .checks import check_activations
+from .columns import PRODUCT, column_shards
 from .conversion import check_plain, take_parameters
+
+MIN_FLOPS = 1e11
+"""From this many floating-point operations on one rank on, a row-parallel product is taken in chunks of tokens, each
+summed over the ranks while the next one is computed. Only for sums in the backend's order: chunks may change bits."""
 
 
 class _ParallelLinear(nn.Module):
@@ -119,7 +124,7 @@ class ColumnParallelLinear(_ParallelLinear):
 
     _weight_dim = 0
     _bias_dim = 0
-    enter: Callable[..., list[Tensor]] = staticmethod(copy_to_shards)
+    enter: Callable[..., list[Tensor]] | None = None  # set where a module's layers are to share one copy of their input
 
     def __init__(
         self,
@@ -140,18 +145,25 @@ class ColumnParallelLinear(_ParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in] -> y [..., out/w]``, or ``[..., out]`` with ``gather_output``."""
         check_activations(x, self.in_features, "ColumnParallelLinear", self.sequence_parallel)
-        enter = gather_to_shards if self.sequence_parallel else self.enter
-        y = join_shards(self.forward_shards(enter(x, group=self.group)))
+        if self.enter is None:
+            (shards,) = column_shards(x, [self], group=self.group, sequence_parallel=self.sequence_parallel)
+        else:
+            shards = self.forward_shards(self.enter(x, group=self.group))
+        y = join_shards(shards)
         return gather_from_region(y, group=self.group) if self.gather_output else y
 
     def forward_shards(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """One ``x [..., in]`` per logical shard of this rank, from ``copy_to_shards``, to one ``[..., out/V]`` each.
+        """One ``x [..., in]`` per logical shard of this rank, from ``copy_to_shards``, to one ``[..., out/V]`` each."""
+        return self.finish_shards(list(map(linear, inputs, *self.shard_parameters())))
 
-        Layers that share their input (q, k, v; gate, up) share one ``copy_to_shards``, hence one all-reduce backward.
-        """
+    def shard_parameters(self) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Weight ``[out/V, in]`` and bias of each logical shard of this rank."""
         weights = split_shards(self.weight, group=self.group, dim=0)
-        biases = [None] * len(weights) if self.bias is None else self.group.split(self.bias)
-        return [linear(x, weight, bias) for x, weight, bias in zip(inputs, weights, biases, strict=True)]
+        return weights, [None] * len(weights) if self.bias is None else [*self.group.split(self.bias)]
+
+    def finish_shards(self, products: list[Tensor]) -> list[Tensor]:
+        """The outputs, from ``x W^T + b`` of each logical shard of this rank."""
+        return products
 
 
 class RowParallelLinear(_ParallelLinear):
@@ -194,6 +206,11 @@ class RowParallelLinear(_ParallelLinear):
     def forward_shards(self, inputs: Sequence[Tensor]) -> Tensor:
         """One ``x [..., in/V]`` per logical shard of this rank to ``y [..., out]``."""
         weights = split_shards(self.weight, group=self.group, dim=1)
+        if self._sums_by_chunks(inputs[0]):
+            dtype = product_dtype(inputs[0], weights[0])
+            x, weight = (tensor.to(dtype) for tensor in (inputs[0], weights[0]))
+            y = multiply_reduce(x, weight, group=self.group, product=PRODUCT)
+            return y if self.bias is None else y + self.bias
         terms = [linear(x, weight) for x, weight in zip(inputs, weights, strict=True)]
         if not self.sequence_parallel:
             y = reduce_from_shards(terms, group=self.group)
@@ -204,3 +221,11 @@ class RowParallelLinear(_ParallelLinear):
         biases = copy_to_shards(self.bias, group=self.group)
         pieces = split_shards(y, group=self.group, dim=1)
         return join_shards([piece + bias for piece, bias in zip(pieces, biases, strict=True)], dim=1)
+
+    def _sums_by_chunks(self, x: Tensor) -> bool:
+        """Whether the product of ``x [..., in/w]`` is summed by chunks of tokens. Never where bits are promised."""
+        if self.group.world_size == 1 or self.group.reduce_order == "tree" or self.sequence_parallel:
+            return False
+        if torch.compiler.is_compiling() or product_dtype(x, self.weight) is None:
+            return False
+        return 2 * x.numel() * self.out_features >= MIN_FLOPS

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -77,11 +76,9 @@ class LMHead(ColumnParallelLinear):
         logits = super().forward(x)
         return logits[..., : self.vocab_size] if self.gather_output else logits
 
-    def forward_shards(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """As for ColumnParallelLinear; the logits of padding are -inf, so that it never has any probability."""
-        return [
-            self._hide_padding(y, j) for y, j in zip(super().forward_shards(inputs), self.group.shards, strict=True)
-        ]
+    def finish_shards(self, products: list[Tensor]) -> list[Tensor]:
+        """The logits of padding are -inf, so that it never has any probability."""
+        return [self._hide_padding(y, j) for y, j in zip(products, self.group.shards, strict=True)]
 
     def _hide_padding(self, logits: Tensor, shard: int) -> Tensor:
         width = logits.shape[-1]

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from ..distributed.group import group_or_single
 from ..distributed.random import SEED_STRIDE
-from ..distributed.regions import copy_to_shards, gather_to_shards
 from ..functional import swiglu
 from .checks import check_activations
+from .columns import column_shards
 from .dropout import ParallelDropout
 from .linear import ColumnParallelLinear, RowParallelLinear
 
@@ -29,7 +29,7 @@ def feed_forward_size(hidden_dim: int, multiple_of: int, ffn_dim_multiplier: flo
 
 
 class FeedForward(nn.Module):
-    """``w2(silu(w1 x) * w3 x)``. w1 and w3 share one ``copy_to_shards``: one all-reduce forward, one backward.
+    """``w2(silu(w1 x) * w3 x)``. w1 and w3 share their input: one all-reduce forward, one backward.
 
     ``size`` is the number of hidden features as it is; None leaves it to ``feed_forward_size``. With ``group=None``
     this is an ordinary single-process module. Raises ValueError when the logical shards do not divide the size.
@@ -65,7 +65,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., h] -> [..., h]``, both replicated, or with ``sequence_parallel`` both ``[b, s/w, h]``."""
         check_activations(x, self.dim, "FeedForward", self.sequence_parallel)
-        inputs = (gather_to_shards if self.sequence_parallel else copy_to_shards)(x, group=self.group)
-        gates, ups = self.w1.forward_shards(inputs), self.w3.forward_shards(inputs)
+        place: dict[str, Any] = {"group": self.group, "sequence_parallel": self.sequence_parallel}
+        gates, ups = column_shards(x, (self.w1, self.w3), **place)
         hidden = [swiglu(gate, up) for gate, up in zip(gates, ups, strict=True)]
         return self.w2.forward_shards(self.dropout.forward_shards(hidden))

@@ -1,0 +1,349 @@
+"""Collectives beside matrix products: the order of events, the bits of the plain way, gradients against a reference."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from src import Group, Ledger, SimulationError, cpu, simulate
+from src.distributed import (
+    all_reduce,
+    barrier,
+    collectives,
+    overlap,
+    reduce_scatter,
+    start_all_reduce,
+    start_reduce_scatter,
+)
+from src.modeling import (
+    Attention,
+    ColumnParallelLinear,
+    FeedForward,
+    KVParallelLinear,
+    LMHead,
+    ModelArgs,
+    RowParallelLinear,
+    TransformerBlock,
+    columns,
+    linear,
+    precompute_freqs_cis,
+)
+from src.testing import Ranks
+from tests import test_compile, test_linear, test_same_bits
+
+LOWEST = {(columns, "MIN_BYTES"): 0, (linear, "MIN_FLOPS"): 0, (collectives, "GATHER_BYTES"): 0}
+USUAL = {place: getattr(*place) for place in LOWEST}
+
+
+def set_sizes(sizes: dict[Any, int]) -> None:
+    for (module, name), size in sizes.items():
+        setattr(module, name, size)
+
+
+def at_any_size(group: Group, program: Callable[..., Any], *args: Any) -> Any:
+    """``program(group, *args)`` with no tensor too small for overlap. Simulated ranks share the sizes."""
+    barrier(group)
+    set_sizes(LOWEST)
+    try:
+        result = program(group, *args)
+        barrier(group)
+        return result
+    finally:
+        set_sizes(USUAL)
+
+
+@pytest.fixture(autouse=True)
+def sizes_as_found() -> Any:
+    yield
+    assert {place: getattr(*place) for place in LOWEST} == USUAL
+
+
+class Products(TorchDispatchMode):
+    """Enters the shape of each matrix product among the events of a ledger."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__()
+        self.events: list[Any] = ledger.events
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            self.events.append(tuple(out.shape))
+        return out
+
+
+def in_order(ledger: Ledger) -> list[Any]:
+    return [event if isinstance(event, tuple) else f"{event.kind} {event.record.op}" for event in ledger.events]
+
+
+def events_of_column(group: Group, layers: int, sequence_parallel: bool) -> list[Any]:
+    """Backward of layers ``[12, 16]`` a rank that share 2 x 8 tokens."""
+    modules = [ColumnParallelLinear(16, 12 * group.world_size, group=group) for _ in range(layers)]
+    x = torch.ones(2, 8 // (group.world_size if sequence_parallel else 1), 16, requires_grad=True)
+    place: Any = {"group": group, "sequence_parallel": sequence_parallel}
+    total = sum(torch.cat(shards, -1).sum() for shards in columns.column_shards(x, modules, **place))
+    with Ledger() as ledger, Products(ledger):
+        total.backward()
+    return in_order(ledger)
+
+
+DX = (16, 16)
+
+
+def weight_grad(ranks: Ranks, num_shards: int | None) -> tuple[int, int]:
+    return (12 * ranks.world_size // (num_shards or ranks.world_size), 16)
+
+
+@pytest.mark.ranks(2, 4, gloo=2)
+@pytest.mark.parametrize("num_shards", [None, 4])
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_weight_gradients_are_computed_while_the_input_gradient_is_summed(
+    ranks: Ranks, layers: int, num_shards: int | None, sequence_parallel: bool
+) -> None:
+    count = layers * (num_shards or ranks.world_size) // ranks.world_size
+    op, dw = "reduce_scatter" if sequence_parallel else "all_reduce", weight_grad(ranks, num_shards)
+    want = [DX] * count + [f"started {op}"] + [dw] * count + [f"waited {op}"]
+    results = ranks(at_any_size, events_of_column, layers, sequence_parallel, num_shards=num_shards)
+    assert results == [want] * ranks.world_size
+
+
+@pytest.mark.ranks(2, gloo=2)
+def test_small_gradients_are_summed_after_everything(ranks: Ranks) -> None:
+    for events in ranks(events_of_column, 2, False):
+        assert sorted(events[:4]) == [(12, 16)] * 2 + [DX] * 2 and events[4:] == ["called all_reduce"]
+
+
+def events_of_row(group: Group) -> tuple[list[Any], list[Any]]:
+    layer, x = RowParallelLinear(12 * group.world_size, 10, group=group), torch.ones(4, 3, 12, requires_grad=True)
+    with Ledger() as ledger, Products(ledger):
+        y = layer(x)
+    with Ledger() as backward, Products(backward):
+        y.sum().backward()
+    return in_order(ledger), in_order(backward)
+
+
+@pytest.mark.ranks(2, 4, gloo=2)
+def test_a_chunk_is_summed_while_the_next_one_is_multiplied(ranks: Ranks) -> None:
+    started = [(3, 10), "started all_reduce"] * overlap.CHUNKS
+    want = started + ["waited all_reduce"] * overlap.CHUNKS, [(12, 12), (10, 12)]
+    for found in ranks(at_any_size, events_of_row):
+        assert found[0] == want[0] and sorted(found[1]) == sorted(want[1])
+
+
+@pytest.mark.ranks(2, gloo=2)
+@pytest.mark.parametrize("order", [{"num_shards": 2}, {"num_shards": 4}, {"reduce_order": "tree"}], ids=str)
+def test_chunks_are_barred_where_bits_are_promised(ranks: Ranks, order: dict[str, Any]) -> None:
+    for forward, _ in ranks(at_any_size, events_of_row, **order):
+        assert forward[-1] == "called all_reduce" and forward.count("called all_reduce") == 1
+
+
+def test_chunks_are_for_large_products() -> None:
+    for forward, _ in simulate(events_of_row, 2):
+        assert forward == [(12, 10), "called all_reduce"]
+
+
+PARTS = {"y": -1, "weight": 0, "bias": 0}
+
+
+@pytest.mark.ranks(2, 4, gloo=(2, 4))
+@pytest.mark.parametrize("num_shards", [None, 8])
+def test_column_against_the_reference(ranks: Ranks, num_shards: int | None) -> None:
+    got = ranks(at_any_size, test_linear.column, False, num_shards=num_shards)
+    test_linear.check(test_linear.whole(got, PARTS), test_linear.reference())
+
+
+@pytest.mark.ranks(2, 4, gloo=(2, 4))
+@pytest.mark.parametrize("parallel_input", [False, True])
+def test_row_against_the_reference(ranks: Ranks, parallel_input: bool) -> None:
+    dims = {"weight": 1} | ({"x": -1} if parallel_input else {})
+    got = ranks(at_any_size, test_linear.row, parallel_input)
+    test_linear.check(test_linear.whole(got, dims), test_linear.reference())
+
+
+def frozen(module: nn.Module, *names: str) -> nn.Module:
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name not in names)
+    return module
+
+
+ARGS = ModelArgs(dim=32, n_heads=8, n_kv_heads=2, vocab_size=51, multiple_of=32, max_seq_len=8)
+MODULES: dict[str, Callable[..., nn.Module]] = {
+    "column": lambda **place: ColumnParallelLinear(32, 48, **place),
+    "column, weight frozen": lambda **place: frozen(ColumnParallelLinear(32, 48, **place), "weight"),
+    "column, all frozen": lambda **place: frozen(ColumnParallelLinear(32, 48, **place), "weight", "bias"),
+    "gathered": lambda **place: ColumnParallelLinear(32, 48, gather_output=True, **place),
+    "kv heads": lambda **place: KVParallelLinear(32, 2, 6, bias=True, **place),
+    "head": lambda **place: LMHead(32, 51, pad_vocab=True, **place),
+    "feed forward": lambda **place: FeedForward(32, 128, 32, **place),
+    "feed forward, w1 frozen": lambda **place: frozen(FeedForward(32, 128, 32, **place), "w1.weight"),
+    "attention": lambda **place: Attention(ARGS, **place),
+    "block": lambda **place: TransformerBlock(0, ARGS, **place),
+    "recomputed block": lambda **place: TransformerBlock(0, ARGS, **place),
+    "block [s]": lambda **place: TransformerBlock(0, ARGS, sequence_parallel=True, **place),
+    "head [s]": lambda **place: LMHead(32, 51, pad_vocab=True, sequence_parallel=True, **place),
+}
+
+
+def through(group: Group, kind: str, dtype: torch.dtype, autocast: bool, with_grad: bool = True) -> list[Tensor | None]:
+    """Output and gradients of a module used twice, on gradients that differ between ranks where y is sharded."""
+    module = MODULES[kind](group=group, dtype=dtype)
+    shape = (3, 8 // (group.world_size if "[s]" in kind else 1), 32)
+    x = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(1)).requires_grad_(with_grad)
+    rotation = (0, precompute_freqs_cis(4, 8)) if isinstance(module, Attention | TransformerBlock) else ()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        if "recomputed" in kind:
+            ys = [checkpoint(module, x * scale, *rotation, use_reentrant=False) for scale in (1, 2)]
+        else:
+            ys = [module(x * scale, *rotation) for scale in (1, 2)]
+    for i, y in enumerate(ys):
+        if y.requires_grad:
+            y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(2 + i)).to(y.dtype))
+    return [*(y.detach() for y in ys), x.grad, *(p.grad for p in module.parameters())]
+
+
+def both_ways(group: Group, *args: Any) -> list[bool]:
+    """Whether all bits are those of the plain way. Chunks are left out: they may change bits."""
+    want = through(group, *args)
+    usual, LOWEST[linear, "MIN_FLOPS"] = LOWEST[linear, "MIN_FLOPS"], USUAL[linear, "MIN_FLOPS"]
+    try:
+        got = at_any_size(group, through, *args)
+    finally:
+        LOWEST[linear, "MIN_FLOPS"] = usual
+    assert len(got) == len(want)
+    return [a is b if a is None or b is None else torch.equal(a, b) for a, b in zip(got, want, strict=True)]
+
+
+NUMBERS = {"fp32": (torch.float32, False), "bf16": (torch.bfloat16, False), "autocast": (torch.float32, True)}
+
+
+@pytest.mark.ranks(2, gloo=2)
+@pytest.mark.parametrize("numbers", NUMBERS)
+@pytest.mark.parametrize("kind", MODULES)
+def test_same_bits_as_the_plain_way(ranks: Ranks, kind: str, numbers: str) -> None:
+    for num_shards in (None, 8):
+        for same in ranks(both_ways, kind, *NUMBERS[numbers], num_shards=num_shards):
+            assert all(same), (num_shards, same)
+
+
+def unneeded_parts(group: Group) -> list[bool]:
+    """An input without gradient, no gradients at all, and outputs of which one is not used."""
+    with torch.no_grad():
+        without = both_ways(group, "block", torch.float32, False, False)
+    return without + both_ways(group, "block", torch.float32, False, False) + unused(group)
+
+
+def unused(group: Group) -> list[bool]:
+    layers = [ColumnParallelLinear(8, 16, group=group, init_base_seed=i) for i in range(2)]
+    found = []
+    for sizes in (USUAL, LOWEST):
+        barrier(group)
+        set_sizes(sizes)
+        x = torch.ones(2, 4, 8, requires_grad=True)
+        (first, *_), _ = columns.column_shards(x, layers, group=group)
+        first.square().sum().backward()
+        found.append([x.grad, layers[0].weight.grad, layers[0].bias.grad])
+        layers[0].weight.grad = layers[0].bias.grad = None
+        assert layers[1].weight.grad is None and layers[1].bias.grad is None
+    barrier(group)
+    set_sizes(USUAL)
+    return [torch.equal(a, b) for a, b in zip(*found, strict=True)]
+
+
+@pytest.mark.ranks(2, gloo=2)
+@pytest.mark.parametrize("num_shards", [None, 4])
+def test_parts_that_nobody_asks_for(ranks: Ranks, num_shards: int | None) -> None:
+    for same in ranks(unneeded_parts, num_shards=num_shards):
+        assert all(same)
+
+
+@pytest.mark.parametrize("variant", ["dense", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_training_has_the_same_bits_at_every_size(ranks: Ranks, variant: str, dtype: torch.dtype) -> None:
+    run = (test_same_bits.train, *test_same_bits.VARIANTS[variant], dtype)
+    want = test_same_bits.whole(ranks.on("simulated", 1)(*run, num_shards=8))
+    for place in [("simulated", 2), ("simulated", 4), ("gloo", 2)]:
+        got = test_same_bits.whole(ranks.on(*place)(at_any_size, *run, num_shards=8))
+        assert [name for name in want if not torch.equal(got[name], want[name])] == [], place
+
+
+def compiled(group: Group) -> Any:
+    return test_compile.compiled_and_eager(group, test_compile.ARGS, False, "aot_eager")
+
+
+def test_a_compiled_graph_orders_its_work_by_itself(ranks: Ranks) -> None:
+    for got, want, graphs in ranks.on("gloo", 2)(at_any_size, compiled):
+        assert graphs == 1
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def started(group: Group, dtype: torch.dtype) -> list[bool]:
+    """Whether started sums have the bits of those that are waited for at once, whatever becomes of their input."""
+    x = torch.randn(4, 8, 40, generator=torch.Generator().manual_seed(group.rank)).to(dtype)
+    found = []
+    for view in (lambda x: x, lambda x: x.transpose(0, 1), lambda x: x[..., ::2], lambda x: x[:, :, 0]):
+        tensor = view(x.clone())
+        before = tensor.clone()
+        finish, scattered = start_all_reduce(tensor, group=group), start_reduce_scatter(tensor, group=group, dim=1)
+        untouched = torch.equal(tensor, before)
+        tensor.zero_()
+        got = finish(), scattered()
+        want = all_reduce(before, group=group), reduce_scatter(before, group=group, dim=1)
+        found += [untouched, *map(torch.equal, got, want)]
+    return found
+
+
+@pytest.mark.ranks(2, 4, gloo=2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("order", ["backend", "tree"])
+def test_started_sums(ranks: Ranks, order: str, dtype: torch.dtype) -> None:
+    for program in (started, at_any_size):
+        args = (dtype,) if program is started else (started, dtype)
+        for same in ranks(program, *args, reduce_order=order):
+            assert all(same), same
+
+
+def test_a_started_sum_is_in_every_ledger_that_saw_it() -> None:
+    def program(group: Group) -> list[list[str]]:
+        with Ledger() as outer:
+            with Ledger() as inner:
+                finish = start_all_reduce(torch.ones(3), group=group)
+            all_reduce(torch.ones(1), group=group)
+            finish()
+        assert [outer.records[0], outer.count()] == [inner.records[0], 2]
+        return [in_order(ledger) for ledger in (outer, inner)]
+
+    started_and_waited = ["started all_reduce", "waited all_reduce"]
+    want = [["started all_reduce", "called all_reduce", "waited all_reduce"], started_and_waited]
+    assert simulate(program, 2) == [want] * 2
+
+
+def leaves_early(group: Group) -> None:
+    y = ColumnParallelLinear(8, 4, group=group)(torch.ones(2, 8, requires_grad=True))
+    if group.rank == 0:
+        y.sum().backward()
+
+
+def test_faults_name_the_collective_that_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns, "MIN_BYTES", 0)
+    line = inspect.getsourcelines(leaves_early)[1] + 3
+    call = rf"all_reduce\(SUM, float32\[2, 8\]\) in ColumnParallelLinear, backward, at {re.escape(__file__)}:{line}"
+    with pytest.raises(SimulationError, match=call) as caught:
+        simulate(leaves_early, 2)
+    assert "rank 1" in str(caught.value)
+
+
+def test_wide_products_are_those_of_the_plain_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "has_bfloat16_units", lambda: False)
+    monkeypatch.setattr(cpu, "WEIGHT_ELEMENTS", 200)
+    for numbers in ("bf16", "autocast"):
+        for same in simulate(both_ways, 2, "block", *NUMBERS[numbers], num_shards=4):
+            assert all(same), numbers
