@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -27,19 +28,28 @@ def ring_sum(terms: Sequence[Tensor]) -> Tensor:
     in rank order ``k-1, k-2, ..., k`` and rounded to the dtype at each step. Checked for contiguous CPU tensors
     up to 24 MB.
     """
-    world_size, flat = len(terms), [term.reshape(-1) for term in terms]
-    length, itemsize = flat[0].numel(), flat[0].element_size()
+    flat = [term.reshape(-1) for term in terms]
+    return ring_part(flat, 0, len(flat[0])).view(terms[0].shape)
+
+
+def ring_part(terms: Sequence[Tensor], start: int, length: int) -> Tensor:
+    """The elements of ``ring_sum`` from ``start`` on, given these of each term, flat, of ``length`` in all."""
+    world_size, out = len(terms), torch.empty_like(terms[0])
+    block = max(_ring_block(length, out.element_size(), world_size), 1)
+    for k in range(start // block, -(-(start + len(out)) // block)):
+        piece = slice(max(k * block - start, 0), (k + 1) * block - start)
+        total = terms[(k - 1) % world_size][piece]
+        for step in range(2, world_size + 1):
+            total = total + terms[(k - step) % world_size][piece]
+        out[piece] = total
+    return out
+
+
+def _ring_block(length: int, itemsize: int, world_size: int) -> int:
+    """Elements of a block; the last ones may be shorter, or empty."""
     segment = _round_up(-(-length * itemsize // (2 * world_size)), itemsize)
     segments = max(-(-length * itemsize // segment), 2 * world_size) if length else 0
-    block = _round_up(segments, world_size) // world_size * segment // itemsize
-    out = flat[0].clone()
-    for k in range(world_size):
-        piece = slice(k * block, min((k + 1) * block, length))
-        total = flat[(k - 1) % world_size][piece]
-        for step in range(2, world_size + 1):
-            total = total + flat[(k - step) % world_size][piece]
-        out[piece] = total
-    return out.view(terms[0].shape)
+    return _round_up(segments, world_size) // world_size * segment // itemsize
 
 
 def _round_up(value: int, multiple: int) -> int:
