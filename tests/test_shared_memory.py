@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import platform
+import socket
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
@@ -30,7 +32,6 @@ from src.distributed.shared_memory import SLOT_BYTES
 from src.testing import RankPool, Ranks
 
 SUM, MAX, MIN = dist.ReduceOp.SUM, dist.ReduceOp.MAX, dist.ReduceOp.MIN
-DTYPES = [*shared_memory.DTYPES]
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +73,14 @@ def turns(group: Group) -> int:
     return memory._turn
 
 
-def differing(group: Group, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[str]:
+def differing(group: Group, shapes: list[tuple[int, ...]], dtypes: list[torch.dtype]) -> list[str]:
     """The collectives of which shared memory and the backend give different tensors."""
     wrong = []
-    for shape in shapes:
+    for dtype, shape in itertools.product(dtypes, shapes):
         x = values(group, shape, dtype)
         if len(shape) == 3:
             x = x.transpose(0, 2)
-        before = turns(group)
+        kept, before = x.clone(), turns(group)
         shared = every_collective(group, x)
         assert turns(group) - before >= len(shared)
         before = turns(group)
@@ -89,8 +90,8 @@ def differing(group: Group, shapes: list[tuple[int, ...]], dtype: torch.dtype) -
             got = shared[name]
             same = got.shape == want.shape and got.dtype == want.dtype and got.stride() == want.stride()
             if not (same and torch.equal(got, want)):
-                wrong.append(f"{name} {shape}")
-        assert torch.equal(x, values(group, shape, dtype).view_as(x) if len(shape) < 3 else x)
+                wrong.append(f"{name} {shape} {dtype}")
+        assert torch.equal(x, kept)
     return wrong
 
 
@@ -99,23 +100,22 @@ SHAPES = [(), (1,), (7,), (0, 4), (12, 5), (4, 3, 12), (240, 7), (101, 97)]
 
 @pytest.mark.ranks(gloo=(2, 3, 4), simulated=())
 @pytest.mark.parametrize("reduce_order", ["backend", "tree"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_bits_of_the_backend(ranks: Ranks, dtype: torch.dtype, reduce_order: str) -> None:
-    assert ranks(differing, SHAPES, dtype, reduce_order=reduce_order) == [[]] * ranks.world_size
+def test_the_bits_of_the_backend(ranks: Ranks, reduce_order: str) -> None:
+    assert ranks(differing, SHAPES, [*shared_memory.DTYPES], reduce_order=reduce_order) == [[]] * ranks.world_size
 
 
-def sizes_around_limits(dtype: torch.dtype) -> list[tuple[int, ...]]:
-    slot, whole = SLOT_BYTES // dtype.itemsize, WHOLE_BYTES // dtype.itemsize
+def sizes_around_limits(itemsize: int) -> list[tuple[int, ...]]:
+    slot, whole = SLOT_BYTES // itemsize, WHOLE_BYTES // itemsize
     sizes = [whole - 1, whole, whole + 1, slot // 4 + 1, slot - 1, slot, slot + 1, 2 * slot + 12, 3 * slot]
     return [(size,) for size in sizes]
 
 
 @pytest.mark.ranks(gloo=(2, 4), simulated=())
 @pytest.mark.parametrize("reduce_order", ["backend", "tree"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_bits_of_the_backend_over_several_turns(ranks: Ranks, dtype: torch.dtype, reduce_order: str) -> None:
-    wrong = ranks(differing, sizes_around_limits(dtype), dtype, reduce_order=reduce_order)
-    assert wrong == [[]] * ranks.world_size
+def test_the_bits_of_the_backend_over_several_turns(ranks: Ranks, reduce_order: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        wrong = ranks(differing, sizes_around_limits(dtype.itemsize), [dtype], reduce_order=reduce_order)
+        assert wrong == [[]] * ranks.world_size
 
 
 def turns_of_large_sum(group: Group, nbytes: int) -> int:
@@ -226,16 +226,14 @@ def test_groups_that_come_and_go(ranks: Ranks) -> None:
 
 
 def begin_again(group: Group, port: int, **options: Any) -> Group:
-    """A default group of its own for this program, with ``init``."""
+    """A default group with a store of its own, by ``init``."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dist.destroy_process_group()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    return init(device="cpu", **options)
+    return init(device="cpu", timeout=timedelta(seconds=50), **options)
 
 
 def free_port() -> int:
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as server:
         port: int = server.getsockname()[1]
     return port
@@ -274,8 +272,7 @@ def test_a_new_default_group_and_the_switch(
 def in_different_places(group: Group, name: str, value: Any) -> tuple[bool, float]:
     with pytest.MonkeyPatch.context() as patch:
         if group.rank == 1:
-            target = {"_place": shared_memory, "machine": platform, "open": os, "memfd_create": os}[name]
-            patch.setattr(target, name, value)
+            patch.setattr({"_place": shared_memory, "machine": platform, "open": os}[name], name, value)
         pair = Group(dist.new_group([0, 1]))
         shares = shared_memory.of(pair.pg) is not None
     return shares, all_reduce(torch.tensor(1.0), group=pair).item()
@@ -311,10 +308,8 @@ def calls_of(rank: int, group: Group) -> dict[str, Callable[[], Tensor]]:
     }
 
 
-def disagree(group: Group, kind: str) -> list[str]:
-    group = Group(dist.new_group([0, 1]))
-    assert turns(group) == 1
-    told = []
+def disagree(group: Group, port: int, kind: str) -> list[str]:
+    group, told = begin_again(group, port), []
     for _ in range(2):
         try:
             calls_of(group.rank, group)[kind]()
@@ -335,7 +330,7 @@ DISAGREEMENTS = {
 
 @pytest.mark.parametrize("kind", DISAGREEMENTS)
 def test_ranks_in_different_calls_are_told_both(two: RankPool, kind: str) -> None:
-    for told in two.run(disagree, kind):
+    for told in two.run(disagree, free_port(), kind):
         first, second = told
         assert "all ranks are there, but not in the same call" in first
         for rank, text in enumerate(DISAGREEMENTS[kind]):
@@ -344,29 +339,29 @@ def test_ranks_in_different_calls_are_told_both(two: RankPool, kind: str) -> Non
         assert "an earlier collective of this group has failed" in second
 
 
-def one_fails(group: Group, how: str) -> str:
+def one_fails(group: Group, port: int, leaves: bool) -> str:
     """Rank 1 leaves, or waits until rank 0 has given up."""
+    group = begin_again(group, port)
     store = dist.distributed_c10d._get_default_store()
-    key, group = f"given up {how}", Group(dist.new_group([0, 1]))
     all_reduce(torch.ones(4), group=group)
-    set_timeout(group.pg, timedelta(seconds=1))
     if group.rank == 0:
+        set_timeout(group.pg, timedelta(seconds=50 if leaves else 1))
         try:
             all_reduce(torch.ones(4), group=group)
         except RankFailure as error:
-            store.set(key, "yes")
+            store.set("given up", "yes")
             return str(error)
-    elif how == "leaves":
+    if leaves:
         with pytest.raises(KeyboardInterrupt), shared_memory.of(group.pg):
             raise KeyboardInterrupt
-    store.wait([key], timedelta(seconds=50))
+    store.wait(["given up"], timedelta(seconds=50))
     return ""
 
 
 @pytest.mark.parametrize(
-    "how, words", [("leaves", "rank 1 has left the memory"), ("stalls", "rank 1 did not come within 1 s")]
+    "leaves, words", [(True, "rank 1 has left the memory"), (False, "rank 1 did not come within 1 s")]
 )
-def test_a_rank_that_is_missing_is_named(two: RankPool, how: str, words: str) -> None:
-    told, _ = two.run(one_fails, how)
+def test_a_rank_that_is_missing_is_named(two: RankPool, leaves: bool, words: str) -> None:
+    told, _ = two.run(one_fails, free_port(), leaves)
     assert "all_reduce(float32[4]) forward, at" in told and "rank 1 ended, or hang" in told
     assert words in told

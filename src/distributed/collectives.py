@@ -6,23 +6,19 @@ Each takes a contiguous or strided tensor and returns a new one. In a world of o
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..sharding import check_rank
-from . import shared_collectives as shared
-from . import shared_memory
+from . import shared_collectives, shared_memory
 from .failure import explain, names_faults
 from .group import Group
 from .ledger import record
 from .reduction import tree_sum
-from .shared_memory import SharedMemory
 from .signature import specs
-
-T = TypeVar("T")
 
 GATHER_BYTES = 256 * 1024
 """Tree sums of messages up to this size gather all terms; larger ones move the bytes of a ring. Same bits."""
@@ -40,13 +36,13 @@ def all_reduce(tensor: Tensor, *, group: Group, op: dist.ReduceOp.RedOpType = di
     by_tree = op == dist.ReduceOp.SUM and group.reduce_order == "tree"
     gathers = by_tree and tensor.nbytes <= GATHER_BYTES
     record("all_reduce", tensor, group.world_size, 1.0 * others if gathers else 2.0 * others / group.world_size)
-    memory = _memory("all_reduce", tensor, group)
-    if memory is not None and (order := shared.order(tensor, op, group)):
-        return _call("all_reduce", tensor, group, shared.all_reduce, memory, tensor, order)
+    shared = _shared("all_reduce", tensor, group, shared_collectives.all_reduce, tensor, op, by_tree)
+    if shared is not None:
+        return shared
     if by_tree:
         return _tree_all_reduce(tensor, group)
     out = tensor.clone(memory_format=torch.contiguous_format)
-    _call("all_reduce", tensor, group, dist.all_reduce, out, op=op, group=group.pg)
+    _call("all_reduce", tensor, group, dist.all_reduce, out, op=op)
     return out
 
 
@@ -72,13 +68,14 @@ def reduce_scatter(tensor: Tensor, *, group: Group, dim: int = 0) -> Tensor:
         )
     record("reduce_scatter", tensor, group.world_size, 1 - 1 / group.world_size)
     slices = torch.stack(tensor.chunk(group.world_size, dim))
-    memory = _memory("reduce_scatter", tensor, group)
-    if memory is not None and (order := shared.order(tensor, dist.ReduceOp.SUM, group)):
-        return _call("reduce_scatter", tensor, group, shared.reduce_scatter, memory, slices, order)
-    if group.reduce_order == "tree":
+    by_tree = group.reduce_order == "tree"
+    shared = _shared("reduce_scatter", tensor, group, shared_collectives.reduce_scatter, slices, by_tree)
+    if shared is not None:
+        return shared
+    if by_tree:
         return tree_sum(_exchange(slices, group).unbind(0))
     out = torch.empty_like(slices[0])
-    _call("reduce_scatter", tensor, group, _reduce_scatter_flat, out.view(-1), slices.view(-1), group=group.pg)
+    _call("reduce_scatter", tensor, group, _reduce_scatter_flat, out.view(-1), slices.view(-1))
     return out
 
 
@@ -88,11 +85,11 @@ def broadcast(tensor: Tensor, *, group: Group, src: int = 0) -> Tensor:
     if group.world_size == 1:
         return tensor
     record("broadcast", tensor, group.world_size, 1 - 1 / group.world_size)
-    memory = _memory("broadcast", tensor, group)
-    if memory is not None:
-        return _call("broadcast", tensor, group, shared.broadcast, memory, tensor, src)
+    shared = _shared("broadcast", tensor, group, shared_collectives.broadcast, tensor, src)
+    if shared is not None:
+        return shared
     out = tensor.clone(memory_format=torch.contiguous_format)
-    _call("broadcast", tensor, group, dist.broadcast, out, group_src=src, group=group.pg)
+    _call("broadcast", tensor, group, dist.broadcast, out, group_src=src)
     return out
 
 
@@ -101,15 +98,15 @@ def barrier(group: Group) -> None:
     if group.world_size > 1:
         nothing = torch.empty(0)
         record("barrier", nothing, group.world_size, 0)
-        _call("barrier", nothing, group, dist.barrier, group=group.pg)
+        _call("barrier", nothing, group, dist.barrier)
 
 
-def _call(name: str, tensor: Tensor, group: Group, function: Callable[..., T], /, *args: Any, **options: Any) -> T:
-    """``function(*args, …)``; when it fails among real processes, the error names the missing ranks."""
+def _call(name: str, tensor: Tensor, group: Group, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """``function(*args, group=…)``; when it fails among real processes, the error names the missing ranks."""
     if torch.compiler.is_compiling():
-        return function(*args, **options)
+        return function(*args, group=group.pg, **options)
     try:
-        return function(*args, **options)
+        return function(*args, group=group.pg, **options)
     except RuntimeError as error:
         if names_faults(group.pg):
             raise
@@ -120,28 +117,34 @@ DOOR = _call.__code__
 """The code in which a rank waits for others."""
 
 
-def _memory(name: str, tensor: Tensor, group: Group) -> SharedMemory | None:
-    """Through which ``tensor`` goes to other ranks of this host; None: through the backend."""
-    if torch.compiler.is_compiling() or not shared.serves(tensor):
+def _shared(name: str, tensor: Tensor, group: Group, function: Callable[..., Any], *args: Any) -> Tensor | None:
+    """``function(memory, *args)`` where ranks share memory that serves ``tensor``; None: the backend is to do it."""
+    if torch.compiler.is_compiling() or not shared_collectives.serves(tensor):
         return None
-    return _call(name, tensor, group, shared_memory.of, group.pg)
+
+    def through_memory(group: Any) -> Any:
+        memory = shared_memory.of(group)
+        return None if memory is None else function(memory, *args)
+
+    out: Tensor | None = _call(name, tensor, group, through_memory)
+    return out
 
 
 def _gather_parts(tensor: Tensor, group: Group) -> Tensor:
     """``[*shape] -> [world_size, *shape]``."""
-    memory = _memory("all_gather", tensor, group)
-    if memory is not None:
-        return _call("all_gather", tensor, group, shared.all_gather, memory, tensor)
+    shared = _shared("all_gather", tensor, group, shared_collectives.all_gather, tensor)
+    if shared is not None:
+        return shared
     flat = tensor.contiguous().view(-1)
     out = flat.new_empty(group.world_size * flat.numel())
-    _call("all_gather", tensor, group, _all_gather_flat, out, flat, group=group.pg)
+    _call("all_gather", tensor, group, _all_gather_flat, out, flat)
     return out.view(group.world_size, *tensor.shape)
 
 
 def _exchange(slices: Tensor, group: Group) -> Tensor:
     """``[world_size, *shape]``, entry ``r`` for rank ``r`` -> ``[world_size, *shape]``, entry ``r`` from rank ``r``."""
     out = torch.empty_like(slices)
-    _call("all_to_all", slices, group, dist.all_to_all_single, out.view(-1), slices.view(-1), group=group.pg)
+    _call("all_to_all", slices, group, dist.all_to_all_single, out.view(-1), slices.view(-1))
     return out
 
 

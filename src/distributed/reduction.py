@@ -38,10 +38,9 @@ def ring_part(terms: Sequence[Tensor], start: int, length: int) -> Tensor:
     block = max(_ring_block(length, out.element_size(), world_size), 1)
     for k in range(start // block, -(-(start + len(out)) // block)):
         piece = slice(max(k * block - start, 0), (k + 1) * block - start)
-        total = terms[(k - 1) % world_size][piece]
+        total = out[piece].copy_(terms[(k - 1) % world_size][piece])
         for step in range(2, world_size + 1):
-            total = total + terms[(k - step) % world_size][piece]
-        out[piece] = total
+            total += terms[(k - step) % world_size][piece]
     return out
 
 

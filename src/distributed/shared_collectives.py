@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..cpu import empty
-from .group import Group
 from .reduction import ring_part, tree_sum
 from .shared_memory import DTYPES, SLOT_BYTES, SharedMemory
 
@@ -40,14 +39,6 @@ OPS = ("all_gather", "broadcast", *(f"{op} {order}" for op in ("all_reduce", "re
 def serves(tensor: Tensor) -> bool:
     """Whether memory is made for ``tensor``."""
     return tensor.is_cpu and type(tensor) in (Tensor, torch.nn.Parameter) and tensor.dtype in DTYPES
-
-
-def order(tensor: Tensor, op: dist.ReduceOp.RedOpType, group: Group) -> str | None:
-    """How ``tensor`` is reduced to the backend's bits, or to those of the tree; None where that is not known."""
-    if op == dist.ReduceOp.SUM and group.reduce_order == "tree":
-        return TREE
-    known = op != dist.ReduceOp.SUM or group.world_size == 2 or tensor.nbytes <= RING_BYTES
-    return op.name if known and op.name in ORDERS else None
 
 
 def all_gather(memory: SharedMemory, tensor: Tensor) -> Tensor:
@@ -78,8 +69,11 @@ def broadcast(memory: SharedMemory, tensor: Tensor, src: int) -> Tensor:
     return out.view(tensor.shape)
 
 
-def reduce_scatter(memory: SharedMemory, slices: Tensor, how: str) -> Tensor:
-    """``[world_size, *shape]``, entry ``r`` for rank ``r`` -> ``[*shape]``."""
+def reduce_scatter(memory: SharedMemory, slices: Tensor, by_tree: bool) -> Tensor | None:
+    """The sum of what the ranks have for this one: ``[world_size, *shape] -> [*shape]``. None as in ``all_reduce``."""
+    how = _order(memory, slices, dist.ReduceOp.SUM, by_tree)
+    if how is None:
+        return None
     flat, call = slices.detach().flatten(1), _call(f"reduce_scatter {how}", slices)
     world_size, length = flat.shape
     out = empty(torch.Size([length]), flat.dtype)
@@ -94,8 +88,11 @@ def reduce_scatter(memory: SharedMemory, slices: Tensor, how: str) -> Tensor:
     return out.view(slices.shape[1:])
 
 
-def all_reduce(memory: SharedMemory, tensor: Tensor, how: str) -> Tensor:
-    """The sum, or what ``how`` says, of the tensors of all ranks."""
+def all_reduce(memory: SharedMemory, tensor: Tensor, op: dist.ReduceOp.RedOpType, by_tree: bool) -> Tensor | None:
+    """The sum of the tensors of all ranks, or what ``op`` says; None where the backend's bits are not known."""
+    how = _order(memory, tensor, op, by_tree)
+    if how is None:
+        return None
     flat, call = tensor.detach().reshape(-1), _call(f"all_reduce {how}", tensor)
     out = empty(flat.shape, flat.dtype)
     whole = memory.world_size == 2 or tensor.nbytes <= WHOLE_BYTES
@@ -107,16 +104,29 @@ def all_reduce(memory: SharedMemory, tensor: Tensor, how: str) -> Tensor:
             memory.meet(call, _describe)
             if whole:
                 _reduce(how, slots.unbind(0), total, piece.start, len(flat))
-                continue
-            sums = memory.slots(flat.dtype, -(-len(part) // memory.world_size))
-            ends = [rank * len(part) // memory.world_size for rank in range(memory.world_size + 1)]
-            own = slice(ends[memory.rank], ends[memory.rank + 1])
-            own_sum = sums[memory.rank, : own.stop - own.start]
-            _reduce(how, slots[:, own].unbind(0), own_sum, piece.start + own.start, len(flat))
-            memory.meet(call, _describe)
-            for rank, (first, last) in enumerate(pairwise(ends)):
-                total[first:last].copy_(sums[rank, : last - first])
+            else:
+                _share_sums(memory, call, how, slots, total, piece.start, len(flat))
     return out.view(tensor.shape)
+
+
+def _share_sums(memory: SharedMemory, call: int, how: str, slots: Tensor, out: Tensor, start: int, length: int) -> None:
+    """Each rank sums its part of the ``slots`` into those of the next turn, from which all take it."""
+    sums = memory.slots(out.dtype, -(-len(out) // memory.world_size))
+    ends = [rank * len(out) // memory.world_size for rank in range(memory.world_size + 1)]
+    first, last = ends[memory.rank], ends[memory.rank + 1]
+    terms = slots[:, first:last].unbind(0)
+    _reduce(how, terms, sums[memory.rank, : last - first], start + first, length)
+    memory.meet(call, _describe)
+    for rank, (first, last) in enumerate(pairwise(ends)):
+        out[first:last].copy_(sums[rank, : last - first])
+
+
+def _order(memory: SharedMemory, tensor: Tensor, op: dist.ReduceOp.RedOpType, by_tree: bool) -> str | None:
+    """The key in ORDERS that has the backend's bits, or those of the tree."""
+    if by_tree:
+        return TREE
+    known = op != dist.ReduceOp.SUM or memory.world_size == 2 or tensor.nbytes <= RING_BYTES
+    return op.name if known and op.name in ORDERS else None
 
 
 def _reduce(how: str, terms: Sequence[Tensor], out: Tensor, start: int, length: int) -> None:
