@@ -10,6 +10,7 @@ rank counts; the order changes from round to round. Ratio, quartiles and verdict
 
 import argparse
 import time
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -40,7 +41,7 @@ def race(group: Group, nbytes: int, count: int) -> list[tuple[float, ...]]:
     def by_gloo() -> None:
         dist.all_reduce(theirs)
 
-    def timed(call) -> float:  # type: ignore[no-untyped-def]
+    def timed(call: Callable[[], None]) -> float:
         call()
         dist.barrier()
         began = time.perf_counter()
