@@ -48,9 +48,14 @@ def serves(x: Tensor, contiguous: bool = True) -> bool:
 
 def empty_like(x: Tensor) -> Tensor:
     """``torch.empty_like``, contiguous, and cheap to fill where it is large."""
-    if serves(x) and x.nbytes >= HUGE_BYTES:
-        return _allocated(np.empty, x.shape, x.dtype)
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return empty(x.shape, x.dtype) if serves(x) else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def empty(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """``torch.empty`` on the CPU, cheap to fill where it is large."""
+    if shape.numel() * dtype.itemsize >= HUGE_BYTES:
+        return _allocated(np.empty, shape, dtype)
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 @functools.cache

@@ -37,7 +37,8 @@ FILES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path
 FLOORS = {
     "": [
         {"sharding", "rope_scaling"},
-        {"kernels", "distributed", "cpu"},
+        {"cpu"},
+        {"kernels", "distributed"},
         {"functional"},
         {"modeling", "sampling"},
         {"checkpoint", "tensor_parallel", "training", "generation", "rank_pool", "script_state", "verification"},
@@ -53,6 +54,8 @@ FLOORS = {
         {"group", "ledger_table", "pieces", "signature"},
         {"checked_messages", "in_flight", "ledger", "meeting", "signed_group", "simulated_collectives"},
         {"failure", "faults"},
+        {"shared_memory"},
+        {"shared_collectives"},
         {"checked", "collectives", "lockstep"},
         {"lockstep_store", "simulation"},
         {"overlap", "regions", "runtime"},

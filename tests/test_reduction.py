@@ -10,7 +10,7 @@ from torch import Tensor
 from src import Group
 from src.distributed import all_reduce, collectives, reduction
 from src.distributed.collectives import GATHER_BYTES
-from src.distributed.reduction import ring_sum, tree_sum
+from src.distributed.reduction import ring_part, ring_sum, tree_sum
 from src.testing import Ranks
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -94,6 +94,13 @@ def test_ring_keeps_shapes() -> None:
     torch.testing.assert_close(ring_sum(terms).double(), total, rtol=1e-6, atol=1e-5)
     assert ring_sum([torch.zeros(0, 3)] * 2).shape == (0, 3)
     assert ring_sum([torch.tensor(1.5)] * 3).item() == 4.5
+
+
+@pytest.mark.parametrize("world_size, size, cut", [(3, 100, 7), (4, 1000, 333), (4, 5, 2), (5, 64, 64)])
+def test_parts_of_a_ring_sum(world_size: int, size: int, cut: int) -> None:
+    terms = terms_of(world_size, size)
+    parts = [ring_part([term[i : i + cut] for term in terms], i, size) for i in range(0, size, cut)]
+    assert torch.equal(torch.cat(parts), ring_sum(terms))
 
 
 def ring_differs_from_gloo(group: Group, dtype: torch.dtype) -> list[int]:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..sharding import check_rank
+from . import shared_collectives, shared_memory
 from .failure import explain, names_faults
 from .group import Group
 from .ledger import record, record_wait
@@ -35,6 +36,9 @@ def all_reduce(tensor: Tensor, *, group: Group, op: dist.ReduceOp.RedOpType = di
     by_tree = op == dist.ReduceOp.SUM and group.reduce_order == "tree"
     gathers = by_tree and tensor.nbytes <= GATHER_BYTES
     record("all_reduce", tensor, group.world_size, 1.0 * others if gathers else 2.0 * others / group.world_size)
+    shared = _shared("all_reduce", tensor, group, shared_collectives.all_reduce, tensor, op, by_tree)
+    if shared is not None:
+        return shared
     if by_tree:
         return _tree_all_reduce(tensor, group)
     out = tensor.clone(memory_format=torch.contiguous_format)
@@ -60,7 +64,11 @@ def reduce_scatter(tensor: Tensor, *, group: Group, dim: int = 0) -> Tensor:
         return tensor
     slices = _cut(tensor, group, dim)
     record("reduce_scatter", tensor, group.world_size, 1 - 1 / group.world_size)
-    if group.reduce_order == "tree":
+    by_tree = group.reduce_order == "tree"
+    shared = _shared("reduce_scatter", tensor, group, shared_collectives.reduce_scatter, slices, by_tree)
+    if shared is not None:
+        return shared
+    if by_tree:
         return tree_sum(_exchange(slices, group).unbind(0))
     out = torch.empty_like(slices[0])
     _call("reduce_scatter", tensor, group, _reduce_scatter_flat, out.view(-1), slices.view(-1))
@@ -119,6 +127,9 @@ def broadcast(tensor: Tensor, *, group: Group, src: int = 0) -> Tensor:
     if group.world_size == 1:
         return tensor
     record("broadcast", tensor, group.world_size, 1 - 1 / group.world_size)
+    shared = _shared("broadcast", tensor, group, shared_collectives.broadcast, tensor, src)
+    if shared is not None:
+        return shared
     out = tensor.clone(memory_format=torch.contiguous_format)
     _call("broadcast", tensor, group, dist.broadcast, out, group_src=src)
     return out
@@ -170,8 +181,24 @@ def _cut(tensor: Tensor, group: Group, dim: int) -> Tensor:
     return torch.stack(tensor.chunk(group.world_size, dim))
 
 
+def _shared(name: str, tensor: Tensor, group: Group, function: Callable[..., Any], *args: Any) -> Tensor | None:
+    """``function(memory, *args)`` where ranks share memory that serves ``tensor``; None: the backend is to do it."""
+    if torch.compiler.is_compiling() or not shared_collectives.serves(tensor):
+        return None
+
+    def through_memory(group: Any) -> Any:
+        memory = shared_memory.of(group)
+        return None if memory is None else function(memory, *args)
+
+    out: Tensor | None = _call(name, tensor, group, through_memory)
+    return out
+
+
 def _gather_parts(tensor: Tensor, group: Group) -> Tensor:
     """``[*shape] -> [world_size, *shape]``."""
+    shared = _shared("all_gather", tensor, group, shared_collectives.all_gather, tensor)
+    if shared is not None:
+        return shared
     flat = tensor.contiguous().view(-1)
     out = flat.new_empty(group.world_size * flat.numel())
     _call("all_gather", tensor, group, _all_gather_flat, out, flat)

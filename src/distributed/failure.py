@@ -96,7 +96,7 @@ def long_wait(group: Group, seconds: float) -> Iterator[None]:
     if pg is None or hasattr(pg, "lockstep"):
         yield
         return
-    before = _timeout_of(pg)
+    before = timeout_of(pg)
     set_timeout(pg, timedelta(seconds=seconds))
     try:
         yield
@@ -116,10 +116,11 @@ def same_timeout(group: Group, others: Iterable[Group]) -> None:
     """Collectives of ``others`` may take as long as those of ``group``: torch gives new groups its own timeout."""
     if group.pg is not None and not hasattr(group.pg, "lockstep"):
         for other in others:
-            set_timeout(other.pg, _timeout_of(group.pg))
+            set_timeout(other.pg, timeout_of(group.pg))
 
 
-def _timeout_of(pg: Any) -> timedelta:
+def timeout_of(pg: Any) -> timedelta:
+    """How long a collective of ``pg``, of real processes, may take."""
     options = pg.checks if names_faults(pg) else pg._get_backend(pg._device_types[0]).options
     found: timedelta = getattr(options, "timeout", None) or options._timeout
     return found

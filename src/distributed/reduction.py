@@ -35,18 +35,29 @@ def ring_sum(terms: Sequence[Tensor]) -> Tensor:
     """
     world_size, flat = len(terms), [term.reshape(-1) for term in terms]
     length, itemsize = flat[0].numel(), flat[0].element_size()
+    if world_size > 3 and length * itemsize <= FEW_OPERATORS * world_size:
+        blocks = _blocks_at_once(torch.stack(flat), _ring_block(length, itemsize, world_size))
+        return blocks.view(-1)[:length].view(terms[0].shape)
+    return ring_part(flat, 0, length).view(terms[0].shape)
+
+
+def ring_part(terms: Sequence[Tensor], start: int, length: int) -> Tensor:
+    """The elements of ``ring_sum`` from ``start`` on, given these of each term, flat, of ``length`` in all."""
+    world_size, out = len(terms), torch.empty_like(terms[0])
+    block = max(_ring_block(length, out.element_size(), world_size), 1)
+    for k in range(start // block, -(-(start + len(out)) // block)):
+        piece = slice(max(k * block - start, 0), (k + 1) * block - start)
+        total = out[piece].copy_(terms[(k - 1) % world_size][piece])
+        for step in range(2, world_size + 1):
+            total += terms[(k - step) % world_size][piece]
+    return out
+
+
+def _ring_block(length: int, itemsize: int, world_size: int) -> int:
+    """Elements of a block; the last ones may be shorter, or empty."""
     segment = _round_up(-(-length * itemsize // (2 * world_size)), itemsize)
     segments = max(-(-length * itemsize // segment), 2 * world_size) if length else 0
-    block = _round_up(segments, world_size) // world_size * segment // itemsize
-    if world_size > 3 and length * itemsize <= FEW_OPERATORS * world_size:
-        return _blocks_at_once(torch.stack(flat), block).view(-1)[:length].view(terms[0].shape)
-    out = torch.empty_like(flat[0])
-    for k in range(world_size):
-        piece = slice(k * block, min((k + 1) * block, length))
-        total = out[piece].copy_(flat[k - 1][piece])
-        for step in range(2, world_size + 1):
-            total += flat[k - step][piece]
-    return out.view(terms[0].shape)
+    return _round_up(segments, world_size) // world_size * segment // itemsize
 
 
 def _blocks_at_once(terms: Tensor, block: int) -> Tensor:

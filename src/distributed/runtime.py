@@ -19,6 +19,7 @@ from .collectives import DOOR
 from .failure import long_wait, postpone_sigterm, set_timeout
 from .group import Group, ReduceOrder
 from .lockstep import RankThread
+from .shared_memory import decline
 
 START = timedelta(minutes=5)
 GLOO_TIMEOUT = "8"  # with the roll call a stalled rank is named within 10 s
@@ -34,6 +35,7 @@ def init(
     reduce_order: ReduceOrder = "backend",
     timeout: timedelta | None = None,
     check: bool | None = None,
+    shared_memory: bool | None = None,
 ) -> Group:
     """The Group of this process: over the default group where there is one, else over the one torchrun describes.
 
@@ -41,7 +43,9 @@ def init(
     gloo elsewhere. A collective fails after ``timeout``, naming the ranks that did not come (default:
     ISOSHARD_TIMEOUT seconds, else 8 s on gloo and torch's own on nccl, where the clock starts when a call is
     queued); where some ranks work for longer while others wait, use ``long_wait``. With ``check`` (default: whether
-    ISOSHARD_CHECK is 1) ranks compare every call before they make it.
+    ISOSHARD_CHECK is 1) ranks compare every call before they make it. Where all ranks of a group over gloo are on one
+    host, they exchange tensors through shared memory, unless ``shared_memory`` is False (default: whether
+    ISOSHARD_SHARED_MEMORY is 0) on any of them before its first collective.
 
     Raises ValueError when the environment describes several ranks, but not completely.
     """
@@ -53,6 +57,10 @@ def init(
         backend = backend or ("nccl" if place.type == "cuda" else "gloo")
         _join(backend, timeout, check)
         _log_place(backend, place, chosen=device is not None)
+    if shared_memory is None:
+        shared_memory = os.environ.get("ISOSHARD_SHARED_MEMORY") != "0"
+    if dist.is_initialized() and not shared_memory:
+        decline()
     return Group(num_shards=num_shards, reduce_order=reduce_order)
 
 
