@@ -17,7 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 from .distributed.collectives import all_gather, all_reduce
 from .distributed.group import Group, group_or_single
 from .distributed.reduction import tree_sum
-from .modeling import vocab_parallel_cross_entropy
 from .modeling.parameters import Placement, local_part, placements, sharding_groups, unwrapped
 
 Batch = tuple[Tensor, Tensor]
@@ -59,13 +58,25 @@ def train_step(
 
 
 def batch_loss(
-    model: nn.Module, ids: Tensor, targets: Tensor, *, group: Group, dtype: torch.dtype = torch.float32
+    model: nn.Module,
+    ids: Tensor,
+    targets: Tensor,
+    *,
+    group: Group,
+    dtype: torch.dtype = torch.float32,
+    block_tokens: int | None = None,
 ) -> Tensor:
-    """Mean cross-entropy of one batch, in nats per token, by a Transformer with or without wrappers."""
-    args: Any = unwrapped(model).args
+    """Mean cross-entropy of one batch, in nats per token, by a Transformer with or without wrappers.
+
+    Raises ValueError when ``group`` is not like that of the model.
+    """
+    inner: Any = unwrapped(model)
+    own, given = ((g.rank, g.world_size, g.num_shards) for g in (inner.group, group))
+    if own != given:
+        raise ValueError(f"the model was built for {inner.group}, not for {group}: pass the model's group")
     with _precision(ids.device, dtype):
-        logits = model(ids)
-    return vocab_parallel_cross_entropy(logits, targets, group=group, vocab_size=args.vocab_size)
+        loss: Tensor = model(ids, targets=targets, block_tokens=block_tokens)
+    return loss
 
 
 def evaluate(model: nn.Module, batches: Iterable[Batch], *, group: Group, dtype: torch.dtype = torch.float32) -> float:

@@ -19,7 +19,7 @@ from torch import Tensor
 from src import Group
 from src import functional as fn
 from src.kernels import norm, registry
-from src.modeling import loss, vocab_parallel_cross_entropy
+from src.modeling import loss_terms, vocab_parallel_cross_entropy
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 EPSILON = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 2**-7}
@@ -38,7 +38,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(registry, "DEVICES", (DEVICE,))
     monkeypatch.setattr(fn, "lookup", lookup)
-    monkeypatch.setattr(loss, "lookup", lookup)
+    monkeypatch.setattr(loss_terms, "lookup", lookup)
     return ops
 
 

@@ -68,10 +68,10 @@ FLOORS = {
         {"norm", "rope", "swiglu", "embedding", "cross_entropy"},
     ],
     "modeling": [
-        {"config", "checks", "conversion", "parameters"},
+        {"config", "checks", "conversion", "loss_terms", "parameters"},
         {"norm", "pos_emb", "linear", "kv_linear", "dropout", "vocab_emb", "loss"},
-        {"attention", "mlp", "lm_head"},
-        {"block"},
+        {"attention", "mlp", "linear_loss"},
+        {"block", "lm_head"},
         {"transformer"},
     ],
 }

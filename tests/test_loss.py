@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from src import Group, Ledger
-from src.modeling import loss as loss_module
-from src.modeling import vocab_parallel_cross_entropy
+from src.modeling import loss_terms, vocab_parallel_cross_entropy
 from src.testing import Ranks
 
 COLUMNS = 104
@@ -108,7 +107,7 @@ def test_padded_columns_are_never_read(ranks: Ranks, padding: float, num_shards:
 @pytest.mark.parametrize("elements", [1, 2 * COLUMNS, 5 * COLUMNS])
 @pytest.mark.parametrize("num_shards", [None, 8])
 def test_blocks_of_rows(ranks: Ranks, monkeypatch: pytest.MonkeyPatch, elements: int, num_shards: int | None) -> None:
-    monkeypatch.setattr(loss_module, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(loss_terms, "BLOCK_ELEMENTS", elements)
     options = {"label_smoothing": 0.1, "z_loss": 1e-2, "reduction": "none"}
     case = (*inputs(torch.float32, options), options)
     check(whole(ranks.on("simulated", 2)(program, *case, num_shards=num_shards)), reference(*case), torch.float32)

@@ -139,19 +139,27 @@ class ColumnParallelLinear(_ParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in] -> y [..., out/w]``, or ``[..., out]`` with ``gather_output``."""
+        y = join_shards(self.forward_shards(self._enter(x)))
+        return gather_from_region(y, group=self.group) if self.gather_output else y
+
+    def _enter(self, x: Tensor) -> list[Tensor]:
+        """The whole input once per logical shard of this rank."""
         check_activations(x, self.in_features, "ColumnParallelLinear", self.sequence_parallel)
         enter = gather_to_shards if self.sequence_parallel else self.enter
-        y = join_shards(self.forward_shards(enter(x, group=self.group)))
-        return gather_from_region(y, group=self.group) if self.gather_output else y
+        return enter(x, group=self.group)
 
     def forward_shards(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """One ``x [..., in]`` per logical shard of this rank, from ``copy_to_shards``, to one ``[..., out/V]`` each.
 
         Layers that share their input (q, k, v; gate, up) share one ``copy_to_shards``, hence one all-reduce backward.
         """
+        return [linear(x, weight, bias) for x, (weight, bias) in zip(inputs, self._split(), strict=True)]
+
+    def _split(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Weight and bias of each logical shard of this rank."""
         weights = split_shards(self.weight, group=self.group, dim=0)
         biases = [None] * len(weights) if self.bias is None else self.group.split(self.bias)
-        return [linear(x, weight, bias) for x, weight, bias in zip(inputs, weights, biases, strict=True)]
+        return list(zip(weights, biases, strict=True))
 
 
 class RowParallelLinear(_ParallelLinear):

@@ -14,6 +14,8 @@ from ..distributed.group import as_group
 from ..sharding import padded_size, shard_size, valid_size
 from .conversion import take_parameters
 from .linear import ColumnParallelLinear
+from .linear_loss import linear_cross_entropy
+from .loss_terms import Criterion
 
 
 class LMHead(ColumnParallelLinear):
@@ -72,10 +74,22 @@ class LMHead(ColumnParallelLinear):
             for parameter in self.parameters():
                 parameter[max(self.vocab_size - first, 0) :].zero_()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x [..., h] -> logits [..., v/w]``, or ``[..., v]`` with ``gather_output``."""
+    def forward(self, x: Tensor, targets: Tensor | None = None, **options: Any) -> Tensor:
+        """``x [..., h] -> logits [..., v/w]``, or ``[..., v]`` with ``gather_output``.
+
+        With ``targets [...]``, their cross-entropy instead; ``options`` as for ``vocab_parallel_linear_cross_entropy``.
+        """
+        if targets is not None:
+            return self._loss(x, targets, **options)
+        if options:
+            raise TypeError(f"{', '.join(options)}: options of a loss, which needs targets")
         logits = super().forward(x)
         return logits[..., : self.vocab_size] if self.gather_output else logits
+
+    def _loss(self, x: Tensor, targets: Tensor, *, block_tokens: int | None = None, **options: Any) -> Tensor:
+        inputs, (weights, biases) = self._enter(x), zip(*self._split(), strict=True)
+        criterion = Criterion(self.vocab_size, **options)
+        return linear_cross_entropy(inputs, weights, biases, targets, self.group, criterion, block_tokens)
 
     def forward_shards(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """As for ColumnParallelLinear; the logits of padding are -inf, so that it never has any probability."""
