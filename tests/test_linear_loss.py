@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -141,21 +142,19 @@ def head_and_loss(
     return run(True), run(False)
 
 
+def of_form(group: Group, form: str, block_tokens: int | None) -> tuple[list[Tensor], list[Tensor]]:
+    return head_and_loss(group, block_tokens, **FORMS[form])
+
+
 @pytest.mark.ranks(1, 2, 4, gloo=2)
 @pytest.mark.parametrize("form", list(FORMS))
 @pytest.mark.parametrize("num_shards", [None, 8])
 def test_bits_of_head_and_loss_apart(ranks: Ranks, form: str, num_shards: int | None) -> None:
-    def check(group: Group) -> None: ...
-
-    for inside, apart in ranks(bound, form, None, num_shards=num_shards):
+    for inside, apart in ranks(of_form, form, None, num_shards=num_shards):
         assert [torch.equal(a, b) for a, b in zip(inside, apart, strict=True)] == [True] * len(apart)
-    for inside, apart in ranks(bound, form, 3, num_shards=num_shards):
+    for inside, apart in ranks(of_form, form, 3, num_shards=num_shards):
         wide = form not in ("bfloat16", "autocast")
         torch.testing.assert_close(inside, apart, rtol=1e-5 if wide else 2e-2, atol=1e-6 if wide else 2e-3)
-
-
-def bound(group: Group, form: str, block_tokens: int | None) -> tuple[list[Tensor], list[Tensor]]:
-    return head_and_loss(group, block_tokens, **FORMS[form])
 
 
 def sent(group: Group, block_tokens: int | None) -> list[tuple[str, str, int]]:
@@ -181,12 +180,8 @@ def peak(call: Any) -> int:
     """Bytes of CPU tensors alive at most during ``call``, beyond those alive before."""
     with profile(profile_memory=True) as found:
         call()
-    events = sorted((e for e in found.events() if e.name == "[memory]"), key=lambda e: e.time_range.start)
-    alive = top = 0
-    for event in events:
-        alive += event.cpu_memory_usage
-        top = max(top, alive)
-    return top
+    events: list[Any] = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
 @pytest.mark.parametrize("num_shards", [1, 4])

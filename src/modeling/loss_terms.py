@@ -18,7 +18,7 @@ from ..sharding import valid_size
 
 Reduction = Literal["mean", "sum", "none"]
 
-BLOCK_ELEMENTS = 2**18
+BLOCK_ELEMENTS = 2**17
 """Rows are taken in blocks of about this many logits: no wide copy of all logits ever exists."""
 
 
