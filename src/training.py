@@ -38,18 +38,20 @@ def train_step(
     group: Group,
     max_norm: float = 1.0,
     dtype: torch.dtype = torch.float32,
+    block_tokens: int | None = None,
 ) -> StepResult:
     """One optimizer step over ``batches`` of ``(ids, targets) [b, s]``, whose gradients are averaged.
 
     ``model`` is a Transformer, bare, in DistributedDataParallel or sharded by ``fully_shard``; then gradients are
     averaged over the data-parallel ranks too, with the last batch, and the loss is that of this rank's batches. With
-    ``dtype`` bfloat16, matrix products run in bfloat16 (autocast) on float32 parameters.
+    ``dtype`` bfloat16, matrix products run in bfloat16 (autocast) on float32 parameters. With ``block_tokens`` logits
+    of so many tokens exist at a time (``vocab_parallel_linear_cross_entropy``).
     """
     optimizer.zero_grad(set_to_none=True)
     losses = []
     for left, (ids, targets) in zip(reversed(range(len(batches))), batches, strict=True):
         with _exchange_gradients(model, left == 0):
-            loss = batch_loss(model, ids, targets, group=group, dtype=dtype) / len(batches)
+            loss = batch_loss(model, ids, targets, group=group, dtype=dtype, block_tokens=block_tokens) / len(batches)
             loss.backward()
         losses.append(loss.detach())
     norm = clip_grad_norm_(model, max_norm, group=group)
@@ -79,14 +81,22 @@ def batch_loss(
     return loss
 
 
-def evaluate(model: nn.Module, batches: Iterable[Batch], *, group: Group, dtype: torch.dtype = torch.float32) -> float:
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    group: Group,
+    dtype: torch.dtype = torch.float32,
+    block_tokens: int | None = None,
+) -> float:
     """Mean cross-entropy over ``batches`` of equal size, in nats per token, by a Transformer with or without wrappers.
 
     Raises ValueError when there are no batches.
     """
     inner: Any = unwrapped(model)
     with inner.evaluating():
-        losses = [batch_loss(inner, ids, targets, group=group, dtype=dtype).item() for ids, targets in batches]
+        options: dict[str, Any] = {"group": group, "dtype": dtype, "block_tokens": block_tokens}
+        losses = [batch_loss(inner, ids, targets, **options).item() for ids, targets in batches]
     if not losses:
         raise ValueError("evaluate: no batches were given")
     return sum(losses) / len(losses)
