@@ -218,6 +218,17 @@ def test_what_is_frozen_gets_no_gradient(block_tokens: int | None) -> None:
         assert torch.equal(leaves[trained].grad, want[1 + trained])
 
 
+def test_blocks_are_summed_in_float32() -> None:
+    hidden, weight, *_ = inputs(torch.bfloat16)
+    x, targets, grads = hidden[:1, :1].expand(1, 600, -1), torch.zeros(1, 600, dtype=torch.int64), []
+    for block_tokens in (None, 1):
+        w = weight.clone().requires_grad_()
+        options: dict[str, Any] = {"group": None, "reduction": "sum", "block_tokens": block_tokens}
+        vocab_parallel_linear_cross_entropy(x, w, targets, **options).backward()
+        grads.append(w.grad)
+    torch.testing.assert_close(*grads, rtol=2e-2, atol=0)  # in bfloat16 a sum of equal terms ends at the 256th
+
+
 def test_a_second_backward() -> None:
     hidden, weight, _, targets, _ = inputs()
     x = hidden.requires_grad_()

@@ -181,8 +181,10 @@ def write_gradients(
         at_target = (-slope_target * grad).masked_fill(~owned[:, None], 0)
         by_softmax = share[:, None] * grad
         for block in piece.blocks(len(rows)):
-            softmax = torch.softmax(_finite(rows[block, piece.columns].to(share.dtype)), -1)
-            slope = softmax.mul_(by_softmax[block])
+            place, x = out[block, piece.columns], _finite(rows[block, piece.columns].to(share.dtype))
+            slope = torch.softmax(x, -1, out=place if place.dtype == x.dtype else None).mul_(by_softmax[block])
             if slope_all:
                 slope.sub_(slope_all * grad[block])
-            out[block, piece.columns] = slope.scatter_add_(-1, column[block, None], at_target[block])
+            slope.scatter_add_(-1, column[block, None], at_target[block])
+            if slope is not place:
+                place.copy_(slope)
