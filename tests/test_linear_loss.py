@@ -200,7 +200,7 @@ def test_memory(monkeypatch: pytest.MonkeyPatch, num_shards: int) -> None:
     small = LOGITS // 4  # the gradients of weight and input, statistics, blocks
     assert peak(apart) > 2 * LOGITS
     assert LOGITS <= peak(lambda: head(x, targets).backward()) < LOGITS + small
-    assert peak(lambda: head(x, targets, block_tokens=16).backward()) < LOGITS // 16 + small
+    assert peak(lambda: head(x, targets, block_tokens=16).backward()) < LOGITS // 7
     with torch.no_grad():
         assert peak(lambda: head(x, targets, block_tokens=16)) < LOGITS // 16 + LOGITS // 8
 

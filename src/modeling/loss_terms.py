@@ -182,9 +182,11 @@ def write_gradients(
         by_softmax = share[:, None] * grad
         for block in piece.blocks(len(rows)):
             place, x = out[block, piece.columns], _finite(rows[block, piece.columns].to(share.dtype))
-            slope = torch.softmax(x, -1, out=place if place.dtype == x.dtype else None).mul_(by_softmax[block])
+            direct = place.dtype == x.dtype and not torch.compiler.is_compiling()
+            softmax = torch.softmax(x, -1, out=place) if direct else torch.softmax(x, -1)
+            slope = softmax.mul_(by_softmax[block])
             if slope_all:
                 slope.sub_(slope_all * grad[block])
             slope.scatter_add_(-1, column[block, None], at_target[block])
-            if slope is not place:
+            if not direct:
                 place.copy_(slope)
