@@ -32,7 +32,8 @@ class History:
 
 def run_settings(args: ModelArgs, corpus: Corpus, options: Options) -> dict[str, Any]:
     """What a resumed run must have in common with the run it continues."""
-    names = ("seq_len", "batch_size", "accumulate", "seed", "lr", "warmup", "weight_decay", "clip", "dtype")
+    names = ["seq_len", "batch_size", "accumulate", "seed", "lr", "warmup", "weight_decay", "clip", "dtype"]
+    names.append("loss_block_tokens")
     return {**asdict(args), "text": corpus.path.name, **{name: getattr(options, name) for name in names}}
 
 

@@ -132,7 +132,8 @@ class _Run:
     ) -> None:
         self.mesh, self.options, self.corpus, self.history = mesh, options, corpus, history
         self.model, self.wrapped, self.optimizer, self.device = model, wrapped, optimizer, device
-        self.dtype = getattr(torch, options.dtype)
+        self.of_loss: dict[str, Any] = {"group": mesh.tp, "dtype": getattr(torch, options.dtype)}
+        self.of_loss |= {"block_tokens": options.loss_block_tokens}
         self.tokens_per_step = options.batch_size * options.accumulate * options.seq_len
         batches = corpus.validation_batches(options.batch_size, options.seq_len, options.eval_batches)
         self.validation = [self._place(batch) for batch in batches]
@@ -177,9 +178,7 @@ class _Run:
         numbers = range(step * options.accumulate, (step + 1) * options.accumulate)
         whole = (self.corpus.training_batch(number, *sizes) for number in numbers)
         batches = [self._place(self.mesh.share(batch)) for batch in whole]
-        result = train_step(
-            self.wrapped, self.optimizer, batches, group=self.mesh.tp, max_norm=options.clip, dtype=self.dtype
-        )
+        result = train_step(self.wrapped, self.optimizer, batches, max_norm=options.clip, **self.of_loss)
         loss = self.mesh.mean(result.loss).item()
         if log is not None and not math.isfinite(loss):
             logger().warning("step %d: the loss is %s", step + 1, loss)
@@ -188,7 +187,7 @@ class _Run:
         return loss
 
     def _validate(self, step: int, log: MetricsLog | None) -> float:
-        loss = evaluate(self.model, self.validation, group=self.mesh.tp, dtype=self.dtype)
+        loss = evaluate(self.model, self.validation, **self.of_loss)
         if log is not None:
             log.write(step, "validation", loss=loss, bits_per_byte=loss / math.log(2) / self.corpus.bytes_per_token)
         return loss

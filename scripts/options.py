@@ -44,6 +44,7 @@ class Options:
     warmup: int
     weight_decay: float
     clip: float
+    loss_block_tokens: int | None
     dtype: str
     seed: int
     eval_every: int
@@ -102,6 +103,7 @@ def parse_options(description: str | None, argv: Sequence[str] | None = None) ->
     optimizer.add_argument("--warmup", type=int, default=20, metavar="STEPS", help="(%(default)s)")
     optimizer.add_argument("--weight-decay", type=float, default=0.1, help="(%(default)s)")
     optimizer.add_argument("--clip", type=float, default=1.0, help="largest gradient norm (%(default)s)")
+    optimizer.add_argument("--loss-block-tokens", type=int, metavar="N", help="hold logits of N tokens at a time (all)")
     optimizer.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of matrix products")
 
     sample = parser.add_argument_group("sample")
@@ -139,7 +141,7 @@ def parse_options(description: str | None, argv: Sequence[str] | None = None) ->
     ):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(arguments, name)}")
-    for name in ("lr", "clip", "threads", "num_shards", "simulate", "timeout"):
+    for name in ("lr", "clip", "loss_block_tokens", "threads", "num_shards", "simulate", "timeout"):
         value = getattr(arguments, name)
         if value is not None and value <= 0:
             parser.error(f"--{name.replace('_', '-')} must be positive, not {value}")

@@ -16,7 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 from .distributed.collectives import all_gather, all_reduce
 from .distributed.group import Group, group_or_single
 from .distributed.reduction import tree_sum
-from .modeling import vocab_parallel_cross_entropy
 from .modeling.parameters import Placement, is_fully_sharded, local_part, placements, sharding_groups, unwrapped
 
 Batch = tuple[Tensor, Tensor]
@@ -38,18 +37,20 @@ def train_step(
     group: Group,
     max_norm: float = 1.0,
     dtype: torch.dtype = torch.float32,
+    block_tokens: int | None = None,
 ) -> StepResult:
     """One optimizer step over ``batches`` of ``(ids, targets) [b, s]``, whose gradients are averaged.
 
     ``model`` is a Transformer, bare, in DistributedDataParallel or sharded by ``fully_shard``; then gradients are
     averaged over the data-parallel ranks too, with the last batch, and the loss is that of this rank's batches. With
-    ``dtype`` bfloat16, matrix products run in bfloat16 (autocast) on float32 parameters.
+    ``dtype`` bfloat16, matrix products run in bfloat16 (autocast) on float32 parameters. With ``block_tokens`` logits
+    of so many tokens exist at a time (``vocab_parallel_linear_cross_entropy``).
     """
     optimizer.zero_grad(set_to_none=True)
     losses = []
     for left, (ids, targets) in zip(reversed(range(len(batches))), batches, strict=True):
         with _exchange_gradients(model, left == 0):
-            loss = batch_loss(model, ids, targets, group=group, dtype=dtype) / len(batches)
+            loss = batch_loss(model, ids, targets, group=group, dtype=dtype, block_tokens=block_tokens) / len(batches)
             loss.backward()
         losses.append(loss.detach())
     norm = clip_grad_norm_(model, max_norm, group=group)
@@ -58,23 +59,43 @@ def train_step(
 
 
 def batch_loss(
-    model: nn.Module, ids: Tensor, targets: Tensor, *, group: Group, dtype: torch.dtype = torch.float32
+    model: nn.Module,
+    ids: Tensor,
+    targets: Tensor,
+    *,
+    group: Group,
+    dtype: torch.dtype = torch.float32,
+    block_tokens: int | None = None,
 ) -> Tensor:
-    """Mean cross-entropy of one batch, in nats per token, by a Transformer with or without wrappers."""
-    args: Any = unwrapped(model).args
+    """Mean cross-entropy of one batch, in nats per token, by a Transformer with or without wrappers.
+
+    Raises ValueError when ``group`` is not like that of the model.
+    """
+    inner: Any = unwrapped(model)
+    own, given = ((g.rank, g.world_size, g.num_shards) for g in (inner.group, group))
+    if own != given:
+        raise ValueError(f"the model was built for {inner.group}, not for {group}: pass the model's group")
     with _precision(ids.device, dtype):
-        logits = model(ids)
-    return vocab_parallel_cross_entropy(logits, targets, group=group, vocab_size=args.vocab_size)
+        loss: Tensor = model(ids, targets=targets, block_tokens=block_tokens)
+    return loss
 
 
-def evaluate(model: nn.Module, batches: Iterable[Batch], *, group: Group, dtype: torch.dtype = torch.float32) -> float:
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    group: Group,
+    dtype: torch.dtype = torch.float32,
+    block_tokens: int | None = None,
+) -> float:
     """Mean cross-entropy over ``batches`` of equal size, in nats per token, by a Transformer with or without wrappers.
 
     Raises ValueError when there are no batches.
     """
     inner: Any = unwrapped(model)
     with inner.evaluating():
-        losses = [batch_loss(inner, ids, targets, group=group, dtype=dtype).item() for ids, targets in batches]
+        options: dict[str, Any] = {"group": group, "dtype": dtype, "block_tokens": block_tokens}
+        losses = [batch_loss(inner, ids, targets, **options).item() for ids, targets in batches]
     if not losses:
         raise ValueError("evaluate: no batches were given")
     return sum(losses) / len(losses)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from torch import Tensor
 from src import Group
 from src import functional as fn
 from src.kernels import norm, registry
-from src.modeling import loss, vocab_parallel_cross_entropy
+from src.modeling import loss_terms, vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 EPSILON = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 2**-7}
@@ -38,7 +39,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(registry, "DEVICES", (DEVICE,))
     monkeypatch.setattr(fn, "lookup", lookup)
-    monkeypatch.setattr(loss, "lookup", lookup)
+    monkeypatch.setattr(loss_terms, "lookup", lookup)
     return ops
 
 
@@ -238,6 +239,39 @@ def test_cross_entropy_of_a_shard_among_others() -> None:
 
     for num_shards in (1, 2):
         compare(lambda logits, n=num_shards: f(logits, n), logits, factor=2)
+
+
+@dtypes
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_cross_entropy_over_its_logits(dtype: torch.dtype, num_shards: int, served: list[str]) -> None:
+    columns = 4112
+    targets, grad = torch.tensor([3, 4099], device=DEVICE), numbers(1, 2)
+    options: dict[str, Any] = {"vocab_size": columns - 5, "label_smoothing": 0.1, "z_loss": 0.01, "reduction": "none"}
+    options |= {"group": Group.single(num_shards)}
+    found = []
+    for inplace in (False, True):
+        leaf = numbers(0, 2, columns, dtype=dtype, scale=3).requires_grad_()
+        logits = leaf * 1
+        squares = logits.square().sum()
+        loss = vocab_parallel_cross_entropy(logits, targets, inplace_backward=inplace, **options)
+        loss.backward(grad, retain_graph=True)
+        found.append(leaf.grad)
+        assert torch.equal(logits.detach(), leaf.grad if inplace else leaf.detach())
+    assert served.count("cross_entropy_gradient") == 2 and torch.equal(*found)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        squares.backward()
+
+
+def test_linear_cross_entropy(served: list[str]) -> None:
+    hidden, weight, targets = numbers(0, 5, 16), numbers(1, 74, 16), torch.tensor(TARGETS, device=DEVICE) % 70
+
+    def f(hidden: Tensor, weight: Tensor, block_tokens: int | None) -> Tensor:
+        options: dict[str, Any] = {"group": Group.single(2), "vocab_size": 70, "reduction": "none"}
+        return vocab_parallel_linear_cross_entropy(hidden, weight, targets, block_tokens=block_tokens, **options)
+
+    for block_tokens in (None, 2):
+        compare(partial(f, block_tokens=block_tokens), hidden, weight, factor=8)
+    assert served.count("cross_entropy_gradient") == 2 * (1 + 2 * 3)  # two runs; of three blocks each shard's own
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4, -1e4])

@@ -71,10 +71,10 @@ FLOORS = {
         {"norm", "rope", "swiglu", "embedding", "cross_entropy"},
     ],
     "modeling": [
-        {"columns", "config", "checks", "conversion", "parameters"},
+        {"columns", "config", "checks", "conversion", "loss_terms", "parameters"},
         {"norm", "pos_emb", "linear", "kv_linear", "dropout", "vocab_emb", "loss"},
-        {"attention", "mlp", "lm_head"},
-        {"block"},
+        {"attention", "mlp", "linear_loss"},
+        {"block", "lm_head"},
         {"transformer"},
     ],
 }

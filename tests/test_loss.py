@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from src import Group, Ledger
-from src.modeling import loss as loss_module
-from src.modeling import vocab_parallel_cross_entropy
+from src.modeling import loss_terms, vocab_parallel_cross_entropy
 from src.testing import Ranks
 
 COLUMNS = 104
@@ -108,7 +107,7 @@ def test_padded_columns_are_never_read(ranks: Ranks, padding: float, num_shards:
 @pytest.mark.parametrize("elements", [1, 2 * COLUMNS, 5 * COLUMNS])
 @pytest.mark.parametrize("num_shards", [None, 8])
 def test_blocks_of_rows(ranks: Ranks, monkeypatch: pytest.MonkeyPatch, elements: int, num_shards: int | None) -> None:
-    monkeypatch.setattr(loss_module, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(loss_terms, "BLOCK_ELEMENTS", elements)
     options = {"label_smoothing": 0.1, "z_loss": 1e-2, "reduction": "none"}
     case = (*inputs(torch.float32, options), options)
     check(whole(ranks.on("simulated", 2)(program, *case, num_shards=num_shards)), reference(*case), torch.float32)
@@ -203,6 +202,72 @@ def test_same_bits_at_every_size(ranks: Ranks, dtype: torch.dtype, name: str) ->
     for place in [("simulated", 2), ("simulated", 4), ("simulated", 8), ("gloo", 2)]:
         got = whole(ranks.on(*place)(program, *case, num_shards=8))
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1]), place
+
+
+def over_its_logits(group: Group, logits: Tensor, targets: Tensor, grad: Tensor, options: dict[str, Any]) -> Any:
+    """As ``program``, twice: the gradient in memory of its own, and where the logits were."""
+    found = []
+    for inplace in (False, True):
+        leaf = slice_of(group, logits).requires_grad_()
+        made, where = leaf.clone(), []
+        made.register_hook(lambda grad, where=where: where.append(grad.data_ptr()))
+        loss = vocab_parallel_cross_entropy(made, targets, group=group, inplace_backward=inplace, **options)
+        loss.backward(grad.to(loss.dtype) if loss.dim() else None)
+        assert (where == [made.data_ptr()]) == inplace
+        assert torch.equal(made.detach(), leaf.grad if inplace else leaf.detach())
+        found += [loss.detach(), leaf.grad]
+    return found
+
+
+@pytest.mark.ranks(1, 2, gloo=2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_shards", [None, 8])
+def test_inplace_backward_has_the_same_bits(ranks: Ranks, dtype: torch.dtype, num_shards: int | None) -> None:
+    for options in VARIANTS.values():
+        case = (*inputs(dtype, options), options)
+        for loss, grad, loss_in_place, grad_in_place in ranks(over_its_logits, *case, num_shards=num_shards):
+            assert torch.equal(loss, loss_in_place) and torch.equal(grad, grad_in_place)
+
+
+def test_logits_that_others_need_are_not_destroyed_unseen() -> None:
+    leaf, targets = inputs(torch.float32)[0].requires_grad_(), inputs(torch.float32)[1]
+
+    def loss(logits: Tensor, inplace: bool = True) -> Tensor:
+        return vocab_parallel_cross_entropy(logits, targets, group=None, inplace_backward=inplace)
+
+    twice = loss(leaf * 1)
+    twice.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="a second backward"):
+        twice.backward()
+    logits = leaf.exp()  # its result is saved for its own backward, which comes later
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss(logits).backward()
+    logits = leaf * 1
+    before = logits.square().mean()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (before + loss(logits)).backward()
+    logits = leaf * 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (loss(logits) + loss(logits)).backward()
+    grads = []
+    for inplace in (False, True):
+        logits = leaf * 1
+        total = loss(logits, inplace) + logits.square().mean()  # whose backward comes first
+        grads.append(torch.autograd.grad(total, leaf)[0])
+    assert torch.equal(*grads)
+
+
+def test_inplace_backward_keeps_away_from_leaves_and_strided_logits() -> None:
+    logits, targets, _ = inputs(torch.float32)
+    for leaf in (logits.clone().requires_grad_(), logits.clone().requires_grad_().view(21, COLUMNS)):
+        with pytest.raises(ValueError, match="would write the gradient over a leaf"):
+            vocab_parallel_cross_entropy(leaf, targets.view(leaf.shape[:-1]), group=None, inplace_backward=True)
+    plain = logits.clone()
+    vocab_parallel_cross_entropy(plain, targets, group=None, inplace_backward=True)  # asks for no gradient
+    assert torch.equal(plain, logits)
+    strided = (logits.clone().requires_grad_() * 1)[:, :-1]
+    vocab_parallel_cross_entropy(strided, targets[:, :-1], group=None, inplace_backward=True).backward()
+    assert torch.equal(strided, logits[:, :-1])
 
 
 def fails(logits: Tensor, targets: Tensor, **options: Any) -> None:

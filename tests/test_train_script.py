@@ -42,7 +42,8 @@ def metrics(out: Path, kind: str) -> dict[int, float]:
 def test_a_run_learns_and_leaves_everything(
     tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main([*arguments, "--simulate", "2", "--steps", "12", "--warmup", "2", "--accumulate", "2"])
+    blocks = ("--loss-block-tokens", "40")
+    main([*arguments, "--simulate", "2", "--steps", "12", "--warmup", "2", "--accumulate", "2", *blocks])
     out = tmp_path / "run"
     validation = metrics(out, "validation")
     assert list(validation) == [0, 4, 8, 12]

@@ -18,6 +18,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -61,6 +62,24 @@ def learning(call: Callable[..., Tensor], leaves: list[Tensor], grad: Tensor) ->
             leaf.grad = None
 
     return run
+
+
+class _Made(torch.autograd.Function):
+    """A tensor as if an operation had made it, for free."""
+
+    @staticmethod
+    def forward(ctx: object, anchor: Tensor, made: list[Tensor]) -> Tensor:
+        return made[0].detach()
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.new_zeros(()), None
+
+
+def consuming(call: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> Callable[[], None]:
+    """Forward and backward of ``call(x)``, which writes over ``x``."""
+    anchor = torch.zeros((), requires_grad=True)
+    return lambda: call(_Made.apply(anchor, [x])).backward(grad)  # type: ignore[no-untyped-call]
 
 
 def linear(mode: str) -> Race:
@@ -146,12 +165,13 @@ def join(a: Tensor, b: Tensor) -> Tensor:
 
 
 def cross_entropy(columns: int, mode: str, dtype: str, bar: float) -> Race:
-    """1024 tokens; the peer works on a copy where its float32 logits must outlive a backward."""
+    """1024 tokens. Without ``consuming`` the peer, which writes over float32 logits, gets a copy of them."""
     logits, targets = torch.randn(1024, columns).to(DTYPES[dtype]), torch.randint(0, columns, (1024,))
     buffer, grad, theirs = logits.clone(), torch.rand(1024), peers.megatron_cross_entropy()
 
-    def ours(logits: Tensor) -> Tensor:
-        return vocab_parallel_cross_entropy(logits, targets, group=None, reduction="none")
+    def ours(logits: Tensor, inplace: bool = False) -> Tensor:
+        options: dict[str, Any] = {"reduction": "none", "inplace_backward": inplace}
+        return vocab_parallel_cross_entropy(logits, targets, group=None, **options)
 
     def peer(logits: Tensor) -> Tensor:
         return theirs(logits.clone() if dtype == "fp32" else logits, targets)
@@ -159,6 +179,9 @@ def cross_entropy(columns: int, mode: str, dtype: str, bar: float) -> Race:
     if mode == "fwd":
         call = forward(lambda: ours(logits))
         return Race(call, forward(lambda: theirs(buffer, targets)), bar, lambda: buffer.copy_(logits))
+    if mode == "fwd+bwd consuming":
+        mine = consuming(partial(ours, inplace=True), buffer, grad)
+        return Race(mine, consuming(lambda x: theirs(x, targets), buffer, grad), bar, lambda: buffer.copy_(logits))
     memory_bar = 0.5 if dtype == "bf16" else None
     return Race(learning(ours, [logits], grad), learning(peer, [logits], grad), bar, memory_bar=memory_bar)
 
@@ -182,6 +205,8 @@ ROWS: dict[str, Callable[[], Race]] = {
     "cross-entropy 32K fp32 fwd": lambda: cross_entropy(2**15, "fwd", "fp32", 0.60),
     "cross-entropy 128K fp32 fwd": lambda: cross_entropy(2**17, "fwd", "fp32", 0.60),
     "cross-entropy 32K fp32 fwd+bwd": lambda: cross_entropy(2**15, "fwd+bwd", "fp32", 0.75),
+    "cross-entropy 32K fp32 consuming": lambda: cross_entropy(2**15, "fwd+bwd consuming", "fp32", 0.90),
+    "cross-entropy 128K fp32 consuming": lambda: cross_entropy(2**17, "fwd+bwd consuming", "fp32", 0.90),
     "cross-entropy 32K bf16 fwd+bwd": lambda: cross_entropy(2**15, "fwd+bwd", "bf16", 0.75),
 }
 

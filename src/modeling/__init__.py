@@ -7,6 +7,7 @@ from .config import ModelArgs
 from .dropout import ParallelDropout
 from .kv_linear import KVParallelLinear
 from .linear import ColumnParallelLinear, RowParallelLinear
+from .linear_loss import vocab_parallel_linear_cross_entropy
 from .lm_head import LMHead
 from .loss import vocab_parallel_cross_entropy
 from .mlp import FeedForward
@@ -34,4 +35,5 @@ __all__ = [
     "VocabEmbedding",
     "precompute_freqs_cis",
     "vocab_parallel_cross_entropy",
+    "vocab_parallel_linear_cross_entropy",
 ]

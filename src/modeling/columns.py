@@ -32,7 +32,15 @@ class ColumnLayer(Protocol):
 def column_shards(
     x: Tensor, layers: Sequence[ColumnLayer], *, group: Group, sequence_parallel: bool = False
 ) -> list[list[Tensor]]:
-    """Replicated ``x [..., in]`` to one ``[..., out/V]`` per logical shard of this rank, for each layer.
+    """Replicated ``x [..., in]`` to one ``[..., out/V]`` per logical shard of this rank, for each layer."""
+    products = column_products(x, layers, group=group, sequence_parallel=sequence_parallel)
+    return [layer.finish_shards(product) for layer, product in zip(layers, products, strict=True)]
+
+
+def column_products(
+    x: Tensor, layers: Sequence[ColumnLayer], *, group: Group, sequence_parallel: bool = False
+) -> list[list[Tensor]]:
+    """``x W^T + b`` alone, of which ``column_shards`` makes what the layers give.
 
     With ``sequence_parallel`` x is this rank's part ``[b, s/w, in]`` of the sequence, gathered first. Backward is one
     all-reduce or reduce-scatter, at work while the gradients of the weights are computed where x is large enough. Both
@@ -46,11 +54,14 @@ def column_shards(
         biases = [None if bias is None else bias.to(dtype) for _, own in parameters for bias in own]
         place: Any = {"group": group, "product": PRODUCT, "sequence_parallel": sequence_parallel}
         found = iter(multiply_copies(x, [weight.to(dtype) for weight in weights], biases, **place))
-        products = [[next(found) for _ in own] for own, _ in parameters]
-    else:
-        inputs = (gather_to_shards if sequence_parallel else copy_to_shards)(x, group=group)
-        products = [list(map(linear, inputs, *own)) for own in parameters]
-    return [layer.finish_shards(product) for layer, product in zip(layers, products, strict=True)]
+        return [[next(found) for _ in own] for own, _ in parameters]
+    inputs = copies(x, group=group, sequence_parallel=sequence_parallel)
+    return [list(map(linear, inputs, *own)) for own in parameters]
+
+
+def copies(x: Tensor, *, group: Group, sequence_parallel: bool) -> list[Tensor]:
+    """The whole ``[..., in]`` once per logical shard of this rank, of ``x`` as ``column_shards`` takes it."""
+    return (gather_to_shards if sequence_parallel else copy_to_shards)(x, group=group)
 
 
 def _learns(x: Tensor, weights: Sequence[Tensor]) -> bool:

@@ -144,7 +144,7 @@ class ColumnParallelLinear(_ParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in] -> y [..., out/w]``, or ``[..., out]`` with ``gather_output``."""
-        check_activations(x, self.in_features, "ColumnParallelLinear", self.sequence_parallel)
+        check_activations(x, self.in_features, type(self).__name__, self.sequence_parallel)
         if self.enter is None:
             (shards,) = column_shards(x, [self], group=self.group, sequence_parallel=self.sequence_parallel)
         else:

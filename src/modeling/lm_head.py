@@ -11,8 +11,12 @@ from torch import Tensor, nn
 
 from ..distributed.group import as_group
 from ..sharding import padded_size, shard_size, valid_size
+from .checks import check_activations
+from .columns import column_products, copies
 from .conversion import take_parameters
 from .linear import ColumnParallelLinear
+from .linear_loss import linear_cross_entropy, logits_cross_entropy
+from .loss_terms import Criterion
 
 
 class LMHead(ColumnParallelLinear):
@@ -71,14 +75,31 @@ class LMHead(ColumnParallelLinear):
             for parameter in self.parameters():
                 parameter[max(self.vocab_size - first, 0) :].zero_()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x [..., h] -> logits [..., v/w]``, or ``[..., v]`` with ``gather_output``."""
+    def forward(self, x: Tensor, targets: Tensor | None = None, **options: Any) -> Tensor:
+        """``x [..., h] -> logits [..., v/w]``, or ``[..., v]`` with ``gather_output``.
+
+        With ``targets [...]``, their cross-entropy instead; ``options`` as for ``vocab_parallel_linear_cross_entropy``.
+        """
+        if targets is not None:
+            return self._loss(x, targets, **options)
+        if options:
+            raise TypeError(f"{', '.join(options)}: options of a loss, which needs targets")
         logits = super().forward(x)
         return logits[..., : self.vocab_size] if self.gather_output else logits
 
     def finish_shards(self, products: list[Tensor]) -> list[Tensor]:
         """The logits of padding are -inf, so that it never has any probability."""
         return [self._hide_padding(y, j) for y, j in zip(products, self.group.shards, strict=True)]
+
+    def _loss(self, x: Tensor, targets: Tensor, *, block_tokens: int | None = None, **options: Any) -> Tensor:
+        check_activations(x, self.in_features, "LMHead", self.sequence_parallel)
+        criterion = Criterion(self.vocab_size, **options)
+        how: dict[str, Any] = {"group": self.group, "sequence_parallel": self.sequence_parallel}
+        if block_tokens is None:
+            (logits,) = column_products(x, [self], **how)
+            return logits_cross_entropy(logits, targets, self.group, criterion)
+        inputs = copies(x, **how)
+        return linear_cross_entropy(inputs, *self.shard_parameters(), targets, self.group, criterion, block_tokens)
 
     def _hide_padding(self, logits: Tensor, shard: int) -> Tensor:
         width = logits.shape[-1]

@@ -104,12 +104,23 @@ class Transformer(nn.Module):
             for module in cut:
                 module.sequence_parallel = True
 
-    def forward(self, tokens: Tensor, start_pos: int = 0, *, padding: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        start_pos: int = 0,
+        *,
+        padding: Tensor | None = None,
+        targets: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
         """``tokens [b, s] -> logits [b, s, v/w]``, causal, the first token being at position ``start_pos``.
 
         ``start_pos > 0`` continues from the KV cache, which is filled by calls under ``torch.no_grad()``. ``padding
         [b]`` is the number of fillers at the start of each row's sequence: no token sees them, positions are counted
         from the first real token, and their own logits mean nothing.
+
+        With ``targets [b, s]`` it gives their cross-entropy instead, of the same bits, and logits do not outlive it;
+        ``options`` are those of ``vocab_parallel_linear_cross_entropy``, as ``block_tokens``.
 
         Raises ValueError for ids outside the vocabulary and for positions beyond ``max_seq_len``.
         """
@@ -130,5 +141,5 @@ class Transformer(nn.Module):
         freqs_cis = self.frequencies(start_pos, length, padding)
         for layer in self.layers:
             h = layer(h, start_pos, freqs_cis, mask)
-        logits: Tensor = self.output(self.norm(h))
-        return logits
+        output: Tensor = self.output(self.norm(h), targets, **options)
+        return output

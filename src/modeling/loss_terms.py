@@ -1,0 +1,192 @@
+"""Cross-entropy over a sharded vocabulary, logical shard by logical shard: statistics, token losses, gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..distributed.collectives import all_gather
+from ..distributed.group import Group
+from ..distributed.reduction import tree_sum
+from ..functional import wide
+from ..kernels import lookup
+from ..sharding import valid_size
+
+Reduction = Literal["mean", "sum", "none"]
+
+BLOCK_ELEMENTS = 2**17
+"""Rows are taken in blocks of about this many logits: no wide copy of all logits ever exists."""
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """What is asked of a cross-entropy. Raises ValueError for options outside their range."""
+
+    vocab_size: int
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    reduction: Reduction = "mean"
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.label_smoothing <= 1.0:
+            raise ValueError(f"label_smoothing={self.label_smoothing} must lie in [0, 1]")
+        if self.z_loss < 0:
+            raise ValueError(f"z_loss={self.z_loss} must not be negative")
+        if self.reduction not in ("mean", "sum", "none"):
+            raise ValueError(f'reduction={self.reduction!r} is not "mean", "sum" or "none"')
+
+    @property
+    def slopes(self) -> tuple[float, float]:
+        """Of a token's loss: in its target's logit and in every logit, both with the sign turned."""
+        return 1 - self.label_smoothing, self.label_smoothing / self.vocab_size
+
+    def reduce(self, per_token: Tensor, kept: Tensor, shape: torch.Size) -> Tensor:
+        """Losses ``[n]``, of which the ``kept`` count, to what ``reduction`` names."""
+        if self.reduction == "none":
+            return per_token.view(shape)
+        return per_token.sum() if self.reduction == "sum" else per_token.sum() / kept.sum()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One logical shard: its first vocabulary id, its columns, how many of them are real, and in which tensor."""
+
+    first: int
+    start: int
+    stop: int
+    valid: int
+    tensor: int = 0
+
+    @classmethod
+    def of(cls, shard: int, width: int, vocab_size: int, *, start: int = 0, tensor: int = 0) -> Piece:
+        """Logical shard ``shard``, of ``width`` columns."""
+        return cls(shard * width, start, start + width, valid_size(vocab_size, shard, width), tensor)
+
+    @property
+    def width(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.start, self.start + self.valid)
+
+    def blocks(self, num_rows: int) -> list[slice]:
+        """Runs of rows, cut the same way at every world size."""
+        height = max(1, BLOCK_ELEMENTS // max(self.valid, 1))
+        return [slice(i, min(i + height, num_rows)) for i in range(0, num_rows, height)]
+
+    def locate(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """``targets [n]`` -> whether each lies here, and its column (0 where it does not)."""
+        column = targets - self.first
+        owned = (column >= 0) & (column < self.valid)
+        return owned, torch.where(owned, column, 0)
+
+
+def statistics(rows: Tensor, targets: Tensor, piece: Piece, criterion: Criterion) -> Tensor:
+    """``[3 or 4, n]``: maximum, sum of exponentials below it, target logit (0 if it lies elsewhere), and for label
+    smoothing the sum of the logits below the maximum."""
+    with_sum = criterion.label_smoothing > 0
+    if kernel := lookup("cross_entropy_statistics", rows, targets):
+        found: Tensor = kernel(rows, targets, piece, with_sum)
+        return found
+    out = rows.new_zeros(4 if with_sum else 3, len(rows), dtype=wide(rows.dtype))
+    if piece.valid == 0:
+        return out
+    owned, column = piece.locate(targets)
+    for block in piece.blocks(len(rows)):
+        x = rows[block, piece.columns].to(out.dtype)
+        finite = _finite(x)
+        out[0, block] = finite.amax(-1)
+        out[1, block] = torch.softmax(finite, -1).amax(-1).reciprocal()  # the largest is exp(0) over the sum
+        out[2, block] = x.gather(-1, column[block, None]).squeeze(-1).masked_fill(~owned[block], 0)
+        if with_sum:
+            out[3, block] = (x - out[0, block, None]).sum(-1)
+    return out
+
+
+def token_losses(
+    local: Tensor, targets: Tensor, width: int, group: Group, criterion: Criterion
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Statistics ``[pieces, k, n]`` -> losses ``[n]``, and what the gradient needs. The only collective.
+
+    That is ``shares [pieces, n]``, which turn a softmax within a piece into the slope of the loss by log-sum-exp, and
+    ``[n]`` each maximum, log of the sum below it, targets, and whether they count.
+    """
+    vocab_size, z_loss = criterion.vocab_size, criterion.z_loss
+    by_target, by_all = criterion.slopes
+    real = [n for n in (valid_size(vocab_size, j, width) for j in range(group.num_shards)) if n]
+    top, log_sum, target_logit, *sums = _combine(all_gather(local, group=group), real)
+    per_token = log_sum - by_target * (target_logit - top)
+    if sums:
+        per_token -= by_all * sums[0]
+    if z_loss:
+        per_token += z_loss * (top + log_sum).square()
+    kept = targets != criterion.ignore_index
+    shares = local[:, 1] * (local[:, 0] - top - log_sum).exp() * (1 + 2 * z_loss * (top + log_sum))
+    return per_token.masked_fill(~kept, 0), (shares, top, log_sum, targets, kept)
+
+
+def _finite(x: Tensor) -> Tensor:
+    """``x`` with logits of -inf, of which a row may have no others, as small as they can be."""
+    return x.clamp_min(torch.finfo(x.dtype).min)
+
+
+def _combine(statistics: Tensor, real: list[int]) -> list[Tensor]:
+    """``[V, k, n] -> k`` tensors ``[n]``: maximum, log of the sum below it, target logit, sum of logits below it.
+
+    ``real`` has the number of real columns of each logical shard that has any; sums follow the fixed tree.
+    """
+    tops, exps, targets, *sums = statistics[: len(real)].unbind(1)
+    top = tops.amax(0)
+    shift = tops - top
+    log_sum = tree_sum((exps * shift.exp()).unbind(0)).log()
+    below = [tree_sum([s + n * d for s, n, d in zip(sums[0], real, shift, strict=True)])] if sums else []
+    return [top, log_sum, tree_sum(targets.unbind(0)), *below]
+
+
+def write_gradients(
+    outs: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    pieces: Sequence[Piece],
+    saved: Sequence[Tensor],
+    grad: Tensor,
+    criterion: Criterion,
+) -> None:
+    """The gradient in ``tensors``, written to ``outs``, which may be the same: each logit is read before it is written.
+
+    d per_token = (1 + 2 z lse) * softmax - slope_target * onehot(target) - slope_all
+
+    ``grad [n]`` is that of the losses, ``saved`` comes from ``token_losses``.
+    """
+    shares, top, log_sum, targets, kept = saved
+    grad = grad.masked_fill(~kept, 0)[:, None]
+    slope_target, slope_all = criterion.slopes
+    if kernel := lookup("cross_entropy_gradient", tensors[0], targets):
+        by_lse = grad * (1 + 2 * criterion.z_loss * (top + log_sum))[:, None]
+        vectors = (top, log_sum), (by_lse, slope_target * grad, slope_all * grad)
+        for piece in pieces:
+            kernel(outs[piece.tensor], tensors[piece.tensor], targets, piece, *vectors)
+        return
+    for piece, share in zip(pieces, shares, strict=True):
+        out, rows = outs[piece.tensor], tensors[piece.tensor]
+        out[:, piece.columns.stop : piece.stop] = 0
+        if piece.valid == 0:
+            continue
+        owned, column = piece.locate(targets)
+        at_target = (-slope_target * grad).masked_fill(~owned[:, None], 0)
+        by_softmax = share[:, None] * grad
+        for block in piece.blocks(len(rows)):
+            place, x = out[block, piece.columns], _finite(rows[block, piece.columns].to(share.dtype))
+            direct = place.dtype == x.dtype and not torch.compiler.is_compiling()
+            softmax = torch.softmax(x, -1, out=place) if direct else torch.softmax(x, -1)
+            slope = softmax.mul_(by_softmax[block])
+            if slope_all:
+                slope.sub_(slope_all * grad[block])
+            slope.scatter_add_(-1, column[block, None], at_target[block])
+            if not direct:
+                place.copy_(slope)
