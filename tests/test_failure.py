@@ -13,7 +13,7 @@ import pytest
 
 from src import Group
 from src.distributed import long_wait
-from src.distributed.failure import _timeout_of
+from src.distributed.failure import timeout_of
 from src.testing import Ranks
 
 ROOT = Path(__file__).parent.parent
@@ -48,7 +48,7 @@ def test_the_missing_rank_is_named(fate: str) -> None:
 
 
 def timeout(group: Group) -> float:
-    return _timeout_of(group.pg).total_seconds()
+    return timeout_of(group.pg).total_seconds()
 
 
 def waits(group: Group) -> list[float]:

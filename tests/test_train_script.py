@@ -17,7 +17,7 @@ from scripts.mesh import Mesh
 from scripts.train import main
 from src import Group
 from src.distributed import long_wait
-from src.distributed.failure import _timeout_of
+from src.distributed.failure import timeout_of
 from src.testing import Ranks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -181,7 +181,7 @@ def test_data_parallel_sizes_that_do_not_fit(arguments: list[str], capsys: pytes
 def timeouts(group: Group) -> list[float]:
     with long_wait(group, 77):
         mesh = Mesh.arrange(group, 2, 4, torch.device("cpu"))
-    return [_timeout_of(each.pg).total_seconds() for each in (mesh.tp, mesh.dp)]
+    return [timeout_of(each.pg).total_seconds() for each in (mesh.tp, mesh.dp)]
 
 
 def test_groups_of_the_mesh_wait_as_long_as_all_ranks(ranks: Ranks) -> None:
