@@ -30,11 +30,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias) if fast is None else fast
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """In which products are taken under autocast; None where it is not active, or not made for ``device``."""
+    active = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if active else None
+
+
 def product_dtype(x: Tensor, *weights: Tensor) -> torch.dtype | None:
     """In which ``linear`` multiplies ``x`` by each of ``weights``: autocast's, or their own; None where they differ."""
     dtypes = {x.dtype, *(weight.dtype for weight in weights)}
-    if torch.is_autocast_enabled(x.device.type) and torch.float64 not in dtypes:
-        return torch.get_autocast_dtype(x.device.type)
+    cast = autocast_dtype(x.device)
+    if cast is not None and torch.float64 not in dtypes:
+        return cast
     return x.dtype if len(dtypes) == 1 else None
 
 

@@ -162,7 +162,7 @@ def test_options_that_make_no_sense(capsys: pytest.CaptureFixture[str], options:
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(SystemExit, match=r"error: the chart needs matplotlib: pip install 'isoshard\[train\]'"):
+    with pytest.raises(SystemExit, match=r"error: matplotlib is not installed; pip install -e '\.\[train\]'"):
         main(["--tp", "2", "--seq-len", "16", "--num-shards", "2", "--out", str(tmp_path / "plan.png")])
 
 

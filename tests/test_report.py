@@ -185,7 +185,7 @@ def test_other_ranks_show_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_missing_libraries_name_the_extra(metrics: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tqdm", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"tqdm: pip install 'isoshard\[train\]'"):
+    with pytest.raises(ImportError, match=r"tqdm is not installed; pip install -e '\.\[train\]'"):
         ProgressBar(total_steps=1, tokens_per_step=1)
-    with pytest.raises(ImportError, match=r"matplotlib: pip install 'isoshard\[train\]'"):
+    with pytest.raises(ImportError, match=r"matplotlib is not installed; pip install -e '\.\[train\]'"):
         draw_curve(metrics, metrics.with_name("loss.png"))

@@ -306,7 +306,7 @@ def test_the_examples_of_the_page(run: Run) -> None:
     examples = "\n\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
     result = run(examples, "-k", "not same_bits_in_both_places")
     result.assert_outcomes(passed=7, failed=2, deselected=1)
-    report = re.search(r"```\n__.*?\n(rank 1 of 2.*?)\ntest_sum.py:22", page, re.DOTALL)
+    report = re.search(r"\n__.*?\n(rank 1 of 2.*?)\ntest_sum.py:22", page, re.DOTALL)
     assert report is not None and report[1].replace("gloo", "simulated") in result.stdout.str()
 
 

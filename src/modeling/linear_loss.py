@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from ..cpu import empty_like
 from ..distributed.group import Group, group_or_single
 from ..distributed.regions import copy_to_shards, split_shards
-from ..functional import linear, wide
+from ..functional import autocast_dtype, linear, wide
 from .checks import check_activations
 from .loss import check_targets, cross_entropy
 from .loss_terms import Criterion, Piece, Reduction, statistics, token_losses, write_gradients
@@ -125,9 +125,8 @@ class _Plan:
 
 def _product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """In which ``linear`` takes its product."""
-    kind = x.device.type
-    autocast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(kind) if autocast else weight.dtype
+    cast = autocast_dtype(x.device)
+    return weight.dtype if cast is None or x.dtype == torch.float64 else cast
 
 
 def _statistics(piece: Piece, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, plan: _Plan) -> Tensor:
