@@ -80,6 +80,25 @@ def group_rms_norm(x: Tensor, weight: Tensor, group_size: int, eps: float) -> Te
     return y.to(x.dtype)
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``(rms_norm(total, weight, eps), total)`` with ``total = x + residual``, all ``[..., h]``."""
+    return add_group_rms_norm(x, residual, weight, x.size(-1), eps)
+
+
+def add_group_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, group_size: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """``(group_rms_norm(total, weight, group_size, eps), total)`` with ``total = x + residual``, all ``[..., h]``.
+
+    The sum is rounded to its dtype before the norm is taken, with or without a kernel that does both at once.
+    """
+    if kernel := lookup("add_group_rms_norm", x, weight, group_size, residual):
+        normed, total = kernel(x, residual, weight, group_size, eps)
+        return normed, total
+    total = x + residual
+    return group_rms_norm(total, weight, group_size, eps), total
+
+
 def shard_embedding(ids: Tensor, table: Tensor, first: int) -> Tensor:
     """Rows of ``table [n, e]`` for the ids in ``[first, first + n)``, exact zeros for all others: ``[..., e]``.
 

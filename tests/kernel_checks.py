@@ -25,6 +25,7 @@ from src.modeling import loss_terms, vocab_parallel_cross_entropy, vocab_paralle
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 EPSILON = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 2**-7}
 dtypes = pytest.mark.parametrize("dtype", EPSILON, ids=str)
+NORM_SHAPES = [((3, 48), 48), ((2, 3, 48), 16), ((5, 36), 12), ((3, 4100), 4100), ((7,), 1)]
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +76,7 @@ def compare(function: Callable[..., Any], *tensors: Tensor, factor: float = 1, s
 
 
 @dtypes
-@pytest.mark.parametrize("shape, size", [((3, 48), 48), ((2, 3, 48), 16), ((5, 36), 12), ((3, 4100), 4100), ((7,), 1)])
+@pytest.mark.parametrize("shape, size", NORM_SHAPES)
 def test_norm(dtype: torch.dtype, shape: tuple[int, ...], size: int, served: list[str]) -> None:
     got = compare(
         lambda x, w: fn.group_rms_norm(x, w, size, 1e-2), numbers(0, *shape, dtype=dtype), numbers(1, shape[-1])
@@ -98,6 +99,44 @@ def test_norm_with_a_weight_of_another_dtype(dtype: torch.dtype, weight_dtype: t
         factor=factor,
     )
     assert got[0].dtype == dtype
+
+
+@dtypes
+@pytest.mark.parametrize("shape, size", NORM_SHAPES)
+def test_add_and_norm(dtype: torch.dtype, shape: tuple[int, ...], size: int, served: list[str]) -> None:
+    x, residual, weight = numbers(0, *shape, dtype=dtype), numbers(2, *shape, dtype=dtype), numbers(1, shape[-1])
+    # In float64 the sum is not rounded: what that adds to the norm is as much again.
+    got = compare(lambda x, r, w: fn.add_group_rms_norm(x, r, w, size, 1e-2), x, residual, weight, factor=2)
+    assert [y.dtype for y in got[:2]] == [dtype] * 2 and torch.equal(got[2], got[3])
+    assert served == 3 * ["add_group_rms_norm"]
+
+
+@dtypes
+@pytest.mark.parametrize("shape, size", NORM_SHAPES)
+def test_add_and_norm_has_the_bits_of_both_apart(dtype: torch.dtype, shape: tuple[int, ...], size: int) -> None:
+    x, residual, weight = numbers(0, *shape, dtype=dtype), numbers(2, *shape, dtype=dtype), numbers(1, shape[-1])
+    normed, total = fn.add_group_rms_norm(x, residual, weight, size, 1e-5)
+    if dtype is not torch.bfloat16 or DEVICE == "cuda":  # the interpreter's sum is truncated
+        assert torch.equal(total, x + residual)
+    assert torch.equal(normed, fn.group_rms_norm(total, weight, size, 1e-5))
+
+
+def test_add_and_norm_with_several_rows_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norm, "PARTS", 2)
+    x, residual, weight = numbers(0, 11, 36), numbers(2, 11, 36), numbers(1, 36)
+    compare(lambda x, r, w: fn.add_group_rms_norm(x, r, w, 12, 1e-5), x, residual, weight)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_add_and_norm_of_which_one_output_is_used(which: int) -> None:
+    weight = numbers(1, 12)
+    compare(lambda x, r: fn.add_rms_norm(x, r, weight, 1e-5)[which], numbers(0, 5, 12), numbers(2, 5, 12))
+
+
+def test_add_and_norm_of_strided_and_shared_input() -> None:
+    x, weight = numbers(0, 12, 5), numbers(1, 12)
+    compare(lambda x, r, w: fn.add_rms_norm(x.t(), r.t(), w, 1e-5), x, numbers(2, 12, 5), weight)
+    compare(lambda x, w: fn.add_rms_norm(x, x, w, 1e-5), x.t(), weight)
 
 
 @pytest.mark.parametrize("value", [300.0, 60000.0])

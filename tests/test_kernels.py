@@ -64,6 +64,7 @@ class Subclass(Tensor):
 def test_lookup_finds_kernels() -> None:
     assert lookup("group_rms_norm", X, nn.Parameter(W), 4) is not None
     assert lookup("swiglu", X.half(), X.half()) is not None
+    assert lookup("add_group_rms_norm", X, W, 4, X.clone()) is not None
 
 
 @needs_triton
@@ -78,6 +79,9 @@ def test_lookup_finds_kernels() -> None:
         ("group_rms_norm", (X, torch.ones(1), 4)),
         ("group_rms_norm", (X, W, 3)),
         ("group_rms_norm", (torch.ones(1, 32768), torch.ones(32768), 32768)),
+        ("add_group_rms_norm", (X, W, 4, X[:1])),
+        ("add_group_rms_norm", (X, W, 4, X.half())),
+        ("add_group_rms_norm", (X, W, 4, X.as_subclass(Subclass))),
         ("swiglu", (X, X[:1])),
         ("swiglu", (X, X.half())),
         ("rotate", ((torch.ones(1, 3, 2, 8),), fn.rope_tables(4, 8, 1e4))),

@@ -46,7 +46,7 @@ def compile_for_sm90(kernel: Any, arguments: tuple[Any, ...], settings: dict[str
     for i, name in enumerate(kernel.arg_names):
         value = values[name]
         plain = kernel.params[i].do_not_specialize
-        if name in settings or (isinstance(value, int) and value == 1 and not plain):
+        if name in settings or value is None or (isinstance(value, int) and value == 1 and not plain):
             signature[name], constants[(i,)] = "constexpr", value
             continue
         number = value.data_ptr() if isinstance(value, Tensor) else value
@@ -89,6 +89,11 @@ def norm_of(width: int, size: int, dtype: torch.dtype = torch.bfloat16) -> None:
     )
 
 
+def add_norm_of(width: int, size: int, dtype: torch.dtype = torch.bfloat16) -> None:
+    x, residual, weight = empty(64, width, dtype=dtype), empty(64, width, dtype=dtype), empty(width, dtype=dtype)
+    there_and_back(lambda *leaves: norm.add_group_rms_norm(*leaves, size, 1e-5), x, residual, weight)
+
+
 def rotation_of(kind: str, nq: int, nk: int) -> None:
     tables = fn.rope_tables(64, 128, 1e4) if kind == "halves" else (fn.precompute_freqs_cis(128, 64),)
     there_and_back(lambda q, k: rope.rotate((q, k), tables), empty(2, 64, nq, 128), empty(2, 64, nk, 128))
@@ -125,6 +130,8 @@ CASES: dict[str, Callable[[], None]] = {
     "norm 16384": lambda: norm_of(16384, 16384),
     "norm 16384 float32": lambda: norm_of(16384, 16384, torch.float32),
     "norm groups of 64": lambda: norm_of(8192, 64),
+    "add and norm 4096": lambda: add_norm_of(4096, 4096),
+    "add and norm 16384": lambda: add_norm_of(16384, 16384),
     "swiglu": lambda: there_and_back(swiglu.swiglu, empty(16, 3584), empty(16, 3584)),
     "halves": lambda: rotation_of("halves", 32, 8),
     "neighbours": lambda: rotation_of("neighbours", 8, 1),
@@ -138,6 +145,9 @@ MORE: dict[str, Callable[[], None]] = {
     "norm 12288": lambda: norm_of(12288, 12288),
     "norm groups of 512": lambda: norm_of(8192, 512),
     "norm groups of 1024 float32": lambda: norm_of(4096, 1024, torch.float32),
+    "add and norm 8192": lambda: add_norm_of(8192, 8192),
+    "add and norm 16384 float32": lambda: add_norm_of(16384, 16384, torch.float32),
+    "add and norm groups of 64": lambda: add_norm_of(8192, 64),
     "cross-entropy float32": lambda: cross_entropy_of(True, torch.float32),
 }
 

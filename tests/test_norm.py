@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -69,6 +70,27 @@ def test_any_leading_shape(size: int | None, shape: tuple[int, ...]) -> None:
     y.backward(grad)
     check({"y": y.detach(), "x": strided.grad, "weight": norm.weight.grad}, want)
     assert torch.equal(strided, x)
+
+
+@pytest.mark.parametrize("size", [None, 3, 12])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("residual_dtype", [torch.float32, torch.bfloat16])
+def test_residual(size: int | None, dtype: torch.dtype, residual_dtype: torch.dtype) -> None:
+    """Values and gradients have the bits of the sum and the norm, one after the other."""
+    norm = ordinary(size, torch.float32)
+    x, residual = (numbers(i, 2, 5, 12, dtype=d).requires_grad_() for i, d in ((0, dtype), (2, residual_dtype)))
+    grad, total_grad = numbers(1, 2, 5, 12), numbers(3, 2, 5, 12)
+
+    def gradients(y: Tensor, total: Tensor) -> list[Tensor]:
+        found = torch.autograd.grad((y, total), (x, residual, norm.weight), (grad.to(y.dtype), total_grad.to(y.dtype)))
+        return [y, total, *found]
+
+    got = gradients(*norm(x, residual))
+    total = x + residual
+    want = gradients(norm(total), total)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(got, want, strict=True))
+    expected = reference(got[1], norm.weight, grad.to(got[0].dtype), size or 12)
+    check({"y": got[0].detach()}, {"y": expected["y"]}, 8 * torch.finfo(got[0].dtype).eps)
 
 
 @pytest.mark.parametrize("norm", [RMSNorm(12, 0.5), RMSNorm(12, eps=0.5), GroupRMSNorm(12, 4, 0.5)])
@@ -161,6 +183,23 @@ def test_same_bits_at_every_size(ranks: Ranks, hidden: int, size: int, rows: int
     assert not different
 
 
+def sharded_with_residual(group: Group, size: int, fused: bool) -> dict[str, Any]:
+    x, residual, grad = (numbers(i, 2, 7, 24).chunk(group.world_size, -1)[group.rank] for i in range(3))
+    norm, leaves = GroupRMSNorm(24, size, group=group), [x.clone().requires_grad_(), residual.clone().requires_grad_()]
+    total = leaves[0] + leaves[1]
+    y, total = norm(*leaves) if fused else (norm(total), total)
+    torch.autograd.backward((y, total), (grad, 2 * grad))
+    return {"parts": {"y": y.detach(), "total": total.detach(), "x": leaves[0].grad, "weight": norm.weight.grad}}
+
+
+@pytest.mark.ranks(1, 2, 4, gloo=2)
+@pytest.mark.parametrize("size", [3, 8, 24])
+@pytest.mark.parametrize("num_shards", [None, 4])
+def test_residual_of_a_sharded_norm(ranks: Ranks, size: int, num_shards: int | None) -> None:
+    got, want = (whole(ranks(sharded_with_residual, size, fused, num_shards=num_shards)) for fused in (True, False))
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
 def given_no_group(group: Group) -> tuple[int, dict[str, int]]:
     norm = GroupRMSNorm(8)
     return norm.weight.numel(), norm.shard_dims()
@@ -227,3 +266,11 @@ def test_hidden_size_that_does_not_divide(ranks: Ranks, world_size: int, options
 def test_unfit_activations(cls: Any, x: Tensor, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=cls.__name__ + " " + message):
         cls(8)(x)
+
+
+@pytest.mark.parametrize("cls", [RMSNorm, GroupRMSNorm])
+@pytest.mark.parametrize("shape", [(8,), (2, 1, 8), (2, 3, 1)])
+def test_a_residual_is_not_broadcast(cls: Any, shape: tuple[int, ...]) -> None:
+    message = rf"{cls.__name__} expects a residual of shape \[2, 3, 8\], like x, got "
+    with pytest.raises(ValueError, match=message + re.escape(str(list(shape)))):
+        cls(8)(torch.zeros(2, 3, 8), torch.zeros(shape))

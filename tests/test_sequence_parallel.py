@@ -194,6 +194,23 @@ def test_layers(ranks: Ranks, kind: str) -> None:
         torch.testing.assert_close(got[name].double(), want[name], rtol=1e-5, atol=1e-5, msg=f"{kind} {name}")
 
 
+def norm_of_a_sum(group: Group, fused: bool) -> dict[str, tuple[int | None, Tensor]]:
+    norm = RMSNorm(DIM, group=group, sequence_parallel=True)
+    x, residual, grad = (cut(numbers(i, *NARROW), 1, group) for i in range(3))
+    total = x.requires_grad_() + residual
+    y, total = norm(x, residual) if fused else (norm(total), total)
+    torch.autograd.backward((y, total), (grad, 2 * grad))
+    parts = {"y": y.detach(), "total": total.detach(), "x.grad": x.grad}
+    return {name: (1, part) for name, part in parts.items()} | {"weight.grad": (None, norm.weight.grad)}
+
+
+@pytest.mark.ranks(1, 2, 4, gloo=2)
+@pytest.mark.parametrize("num_shards", [None, 8])
+def test_norm_of_a_sum_has_the_bits_of_both_apart(ranks: Ranks, num_shards: int | None) -> None:
+    got, want = (gathered(ranks(norm_of_a_sum, fused, num_shards=num_shards)) for fused in (True, False))
+    assert want.keys() == got.keys() and all(torch.equal(got[name], want[name]) for name in want)
+
+
 @pytest.mark.parametrize("kind", CASES)
 def test_layers_have_the_same_bits_at_every_size(ranks: Ranks, kind: str) -> None:
     want = gathered(ranks.on("simulated", 1)(run_layer, kind, num_shards=8))

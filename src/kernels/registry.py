@@ -16,6 +16,7 @@ Kernel: TypeAlias = Callable[..., Any]
 DEVICES = ("cuda",)
 _HOMES = {
     "group_rms_norm": "norm",
+    "add_group_rms_norm": "norm",
     "rotate": "rope",
     "swiglu": "swiglu",
     "shard_embedding": "embedding",

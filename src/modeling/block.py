@@ -65,6 +65,7 @@ class TransformerBlock(nn.Module):
 
         The other arguments are those of ``Attention.forward``.
         """
-        h = x + self.attention_dropout(self.attention(self.attention_norm(x), start_pos, freqs_cis, mask))
-        out: Tensor = h + self.ffn_dropout(self.feed_forward(self.ffn_norm(h)))
+        attended = self.attention_dropout(self.attention(self.attention_norm(x), start_pos, freqs_cis, mask))
+        normed, h = self.ffn_norm(attended, x)
+        out: Tensor = h + self.ffn_dropout(self.feed_forward(normed))
         return out

@@ -38,3 +38,9 @@ def check_activations(x: Tensor, size: int, what: str, sequence: bool = False) -
         raise ValueError(f"{what} expects [b, s, {size}], got a tensor of shape {list(x.shape)}")
     if x.dim() == 0 or x.shape[-1] != size:
         raise ValueError(f"{what} expects a last dim of {size}, got a tensor of shape {list(x.shape)}")
+
+
+def check_residual(x: Tensor, residual: Tensor | None, what: str) -> None:
+    """Raise ValueError unless ``residual``, where there is one, has the shape of ``x``: nothing is broadcast."""
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"{what} expects a residual of shape {list(x.shape)}, like x, got {list(residual.shape)}")

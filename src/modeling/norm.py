@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from ..distributed.group import group_or_single
 from ..distributed.random import fill_shards, uniform
 from ..distributed.regions import copy_to_shards, join_shards, reduce_from_shards, split_shards
-from ..functional import group_rms_norm, rms_norm, wide
+from ..functional import add_group_rms_norm, add_rms_norm, group_rms_norm, rms_norm, wide
 from ..sharding import run_lengths, shard_size
-from .checks import check_activations
+from .checks import check_activations, check_residual
 
 
 class RMSNorm(nn.Module):
@@ -44,14 +44,18 @@ class RMSNorm(nn.Module):
         """Set ``weight`` to ones."""
         nn.init.ones_(self.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x [..., h] -> y [..., h]``."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """``x [..., h] -> y [..., h]``; with a ``residual`` of the same shape, y of ``x + residual``, and that sum."""
         check_activations(x, self.hidden_size, "RMSNorm", self.sequence_parallel)
-        if not self.sequence_parallel:
-            return rms_norm(x, self.weight, self.eps)
-        pieces = split_shards(x, group=self.group, dim=1)
-        weights = copy_to_shards(self.weight, group=self.group)
-        return join_shards([rms_norm(xj, wj, self.eps) for xj, wj in zip(pieces, weights, strict=True)], dim=1)
+        check_residual(x, residual, "RMSNorm")
+        weights = copy_to_shards(self.weight, group=self.group) if self.sequence_parallel else [self.weight]
+        if len(weights) == 1 and residual is not None:
+            return add_rms_norm(x, residual, weights[0], self.eps)
+        if residual is not None:
+            x = x + residual
+        pieces = split_shards(x, group=self.group, dim=1) if self.sequence_parallel else [x]
+        y = join_shards([rms_norm(xj, wj, self.eps) for xj, wj in zip(pieces, weights, strict=True)], dim=1)
+        return y if residual is None else (y, x)
 
 
 class GroupRMSNorm(nn.Module):
@@ -105,16 +109,25 @@ class GroupRMSNorm(nn.Module):
         """The sharded parameters and their sharded dim."""
         return {"weight": 0} if self.group.num_shards > 1 else {}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x [..., h] -> y [..., h]``; with a group ``[..., h/w] -> [..., h/w]``."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """``x [..., h] -> y [..., h]``; with a group ``[..., h/w] -> [..., h/w]``.
+
+        With a ``residual`` of x's shape, y of ``x + residual``, and that sum.
+        """
         check_activations(x, self.weight.shape[0], "GroupRMSNorm")
-        shards = split_shards(x, group=self.group)
+        check_residual(x, residual, "GroupRMSNorm")
         weights = split_shards(self.weight, group=self.group, dim=0)
-        if self.shard_width % self.group_size == 0:
-            return join_shards(
-                [group_rms_norm(xj, wj, self.group_size, self.eps) for xj, wj in zip(shards, weights, strict=True)]
-            )
-        return join_shards(self._norm_across_shards(shards, weights))
+        inside = self.shard_width % self.group_size == 0
+        if inside and len(weights) == 1 and residual is not None:
+            return add_group_rms_norm(x, residual, weights[0], self.group_size, self.eps)
+        if residual is not None:
+            x = x + residual
+        shards = split_shards(x, group=self.group)
+        y = join_shards(self._norm_shards(shards, weights) if inside else self._norm_across_shards(shards, weights))
+        return y if residual is None else (y, x)
+
+    def _norm_shards(self, shards: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+        return [group_rms_norm(x, weight, self.group_size, self.eps) for x, weight in zip(shards, weights, strict=True)]
 
     def _norm_across_shards(self, shards: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
         """Each shard is cut where a group of channels ends; the sums of squares of the runs are exchanged."""

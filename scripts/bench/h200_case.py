@@ -1,0 +1,70 @@
+"""What a row of scripts.bench.h200 is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+CHECKED = 1024
+Mode = Literal["fwd", "bwd", "fwd+bwd"]
+Call = Callable[..., Any]
+Peers = Mapping[str, Callable[[], Call | None]]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large tensors are: as in the row, with few tokens to be held against float64, or tiny on a CPU."""
+
+    dry: bool
+    check: bool = False
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.dry else "cuda"
+
+    def checking(self) -> Size:
+        """The same with as many tokens as float64 has room for."""
+        return replace(self, check=True)
+
+    def tokens(self, number: int) -> int:
+        return 4 if self.dry else min(number, CHECKED) if self.check else number
+
+    def width(self, number: int) -> int:
+        return min(number, 64) if self.dry else number
+
+    def drawn(self, *shape: int) -> Tensor:
+        """Normal numbers in bfloat16, or on a CPU, where Triton's interpreter truncates those, in float32."""
+        return torch.randn(shape, device=self.device).to(torch.float32 if self.dry else torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Case:
+    """``ours`` and ``body``, the same in plain torch, of ``leaves``; ``work`` in bytes of C or operations of G.
+
+    ``share`` of the ceiling and a peer's time over ours (``bars``) are what the row is to reach.
+    ``wall`` rows are timed on the host.
+    """
+
+    ours: Call
+    body: Call
+    leaves: list[Tensor]
+    mode: Mode
+    work: Mapping[str, float]
+    share: float | None = None
+    peers: Peers = field(default_factory=dict)
+    bars: Mapping[str, float] = field(default_factory=dict)
+    wall: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """Number of the bar, in which parts the row is measured, and how it is built."""
+
+    bar: int
+    name: str
+    build: Callable[[Size], Case]
+    parts: tuple[int, ...] = (1, 2)
