@@ -57,6 +57,7 @@ def test_a_table_without_rows_is_no_chart(tmp_path: Path) -> None:
         run("scripts.bench.chart", str(empty), "--out", str(tmp_path / "chart.svg"))
 
 
+@pytest.mark.slow
 def test_import_row() -> None:
     printed = run("scripts.bench.start", "--rounds", "2")
     assert printed.startswith("import after torch: ") and "came along" not in printed

@@ -40,7 +40,9 @@ def train(group: Group, args: ModelArgs, steps: range, source: Path | None, targ
 
 
 @pytest.mark.parametrize("args", [ARGS, TIED], ids=["untied", "tied"])
-@pytest.mark.parametrize("writer", [("simulated", 1), ("simulated", 4), ("gloo", 2)], ids=str)
+@pytest.mark.parametrize(
+    "writer", [pytest.param(("simulated", 1), marks=pytest.mark.slow), ("simulated", 4), ("gloo", 2)], ids=str
+)
 def test_resuming_at_another_size_changes_nothing(ranks: Ranks, tmp_path: Path, args: ModelArgs, writer: Any) -> None:
     want = ranks.on("simulated", 1)(train, args, range(6), None, None, num_shards=8)[0]
     first = ranks.on(*writer)(train, args, range(3), None, tmp_path / "c", num_shards=8)[0]

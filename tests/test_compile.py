@@ -73,7 +73,7 @@ FORMS = {
 }
 
 
-QUICK = ("plain", "sequence parallel, 2 kv heads of 8 shards")
+QUICK = ("plain",)
 
 
 @pytest.mark.parametrize("form", [pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f in FORMS])

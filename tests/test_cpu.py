@@ -251,8 +251,8 @@ def everything(x: Tensor, weight: Tensor, table: Tensor) -> Tensor:
 LEAVES = [numbers(0, 2, 3, 8), numbers(1, 8), numbers(2, 6, 8)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sequence_parallel", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_training_has_the_same_bits_at_every_size(
     monkeypatch: pytest.MonkeyPatch, ranks: Ranks, dtype: torch.dtype, sequence_parallel: bool
 ) -> None:

@@ -65,7 +65,8 @@ def test_a_long_wait_ends(ranks: Ranks) -> None:
     assert ranks.on("gloo", 2)(waits) == [[77, seconds] for seconds in before] and 77 not in before
 
 
-@pytest.mark.parametrize("options", [[], pytest.param(["--check"], marks=pytest.mark.slow)], ids=["plain", "checked"])
+@pytest.mark.parametrize("options", [[], ["--check"]], ids=["plain", "checked"])
+@pytest.mark.slow
 def test_the_missing_rank_of_a_sum_that_was_started_is_named(options: list[str]) -> None:
     done = launch("--nproc-per-node", "3", "--timeout", "3", *options, "tests/launched/fails_in_flight.py")
     assert done.returncode == 1

@@ -25,6 +25,7 @@ def dry(out: Path, *words: str) -> list[dict[str, object]]:
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton: the extra kernels-test")
+@pytest.mark.slow
 def test_all_rows_of_a_dry_run(tmp_path: Path) -> None:
     header, *found = dry(tmp_path / "rows.jsonl")
     assert header["ceilings"] and [row["row"] for row in found] == [row.name for row in rows()]

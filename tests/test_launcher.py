@@ -61,7 +61,7 @@ def lines_of(command: list[str]) -> dict[str, list[str]]:
     [
         pytest.param(["ddp.py", "--epochs", "2"], marks=pytest.mark.slow),
         pytest.param(["tensor_parallel.py"], marks=pytest.mark.slow),
-        ["megatron_style.py", "--width", "8"],
+        pytest.param(["megatron_style.py", "--width", "8"], marks=pytest.mark.slow),
     ],
     ids=lambda script: script[0],
 )

@@ -59,6 +59,7 @@ def theirs(path: Path, count: int) -> list[int]:
     return [token for token in tokens[len(ids) :].tolist() if token != 1]
 
 
+@pytest.mark.slow
 def test_greedy_text_is_that_of_transformers_at_every_size(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
     tokenizer = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json"))
     want = tokenizer.decode(theirs(model, 70)) + "\n"
@@ -69,6 +70,7 @@ def test_greedy_text_is_that_of_transformers_at_every_size(model: Path, capfd: p
         assert text_of(capfd, *options[:-2], "--simulate", world_size) == want
 
 
+@pytest.mark.slow
 def test_under_torchrun(model: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     options = ["-m", "scripts.generate", "--model", str(model), "--prompt", PROMPT, "--max-new-tokens", "12"]

@@ -20,6 +20,7 @@ from src.distributed import (
     collectives,
     overlap,
     reduce_scatter,
+    shared_collectives,
     start_all_reduce,
     start_reduce_scatter,
 )
@@ -39,17 +40,18 @@ from src.modeling import (
 from src.testing import Ranks
 from tests import test_compile, test_linear, test_same_bits
 
-LOWEST = {(columns, "MIN_BYTES"): 0, (linear, "MIN_FLOPS"): 0, (collectives, "GATHER_BYTES"): 0}
+LOWEST: dict[Any, Any] = {(columns, "MIN_BYTES"): 0, (linear, "MIN_FLOPS"): 0, (collectives, "GATHER_BYTES"): 0}
+LOWEST[shared_collectives, "DTYPES"] = ()  # what goes through shared memory is not summed on the side
 USUAL = {place: getattr(*place) for place in LOWEST}
 
 
-def set_sizes(sizes: dict[Any, int]) -> None:
+def set_sizes(sizes: dict[Any, Any]) -> None:
     for (module, name), size in sizes.items():
         setattr(module, name, size)
 
 
 def at_any_size(group: Group, program: Callable[..., Any], *args: Any) -> Any:
-    """``program(group, *args)`` with no tensor too small for overlap. Simulated ranks share the sizes."""
+    """``program(group, *args)`` with no tensor too small, no memory too near for overlap; simulated ranks share these."""
     barrier(group)
     set_sizes(LOWEST)
     try:
@@ -265,8 +267,8 @@ def test_parts_that_nobody_asks_for(ranks: Ranks, num_shards: int | None) -> Non
         assert all(same)
 
 
-@pytest.mark.parametrize("variant", ["dense", "all"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("variant", ["dense", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
 def test_training_has_the_same_bits_at_every_size(ranks: Ranks, variant: str, dtype: torch.dtype) -> None:
     run = (test_same_bits.train, *test_same_bits.VARIANTS[variant], dtype)
     want = test_same_bits.whole(ranks.on("simulated", 1)(*run, num_shards=8))

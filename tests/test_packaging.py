@@ -32,6 +32,7 @@ def run(folder: Path, *command: str, **environment: str) -> str:
     return finished.stdout.strip()
 
 
+@pytest.mark.slow
 def test_wheel(tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(ROOT / "src", source / "src", ignore=shutil.ignore_patterns("__pycache__"))

@@ -57,6 +57,7 @@ def torchrun(*arguments: str) -> str:
     return done.stderr
 
 
+@pytest.mark.slow
 def test_one_rank_speaks_for_all(tmp_path: Path) -> None:
     said = torchrun("-m", "scripts.train", "--data", "no/such/file", "--out", str(tmp_path), "--cache", str(tmp_path))
     assert said.count("error: found no text in data=no/such/file: pass a text file") == 1

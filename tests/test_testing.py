@@ -266,6 +266,7 @@ def test_hang(group):
 """
 
 
+@pytest.mark.slow
 def test_bodies_on_processes(run: Run) -> None:
     """One pool serves the first five; each failure ends it, and the hung test gets the third."""
     options = ("--ranks-backend=gloo", "-k", "not failing and not mismatch")
