@@ -51,7 +51,7 @@ def set_sizes(sizes: dict[Any, Any]) -> None:
 
 
 def at_any_size(group: Group, program: Callable[..., Any], *args: Any) -> Any:
-    """``program(group, *args)`` with no tensor too small, no memory too near for overlap; simulated ranks share these."""
+    """``program(group, *args)`` that overlaps whatever the sizes and the place; simulated ranks share both."""
     barrier(group)
     set_sizes(LOWEST)
     try:

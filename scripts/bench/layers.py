@@ -238,8 +238,10 @@ def show(name: str, race: Race, rounds: int) -> None:
     """Run a race and print its row."""
     contenders = [partial(milliseconds, race, call) for call in (race.ours, race.peer)]
     print(table.row(name, list(table.rounds(contenders, rounds)), race.bar), flush=True)
-    if race.memory_bar is not None:
-        mine, theirs = peak(race.ours), peak(race.peer)
+    if race.memory_bar is None:
+        return
+    mine, theirs = peak(race.ours), peak(race.peer)
+    if theirs:  # else malloc has kept what was freed
         ratio = mine / theirs
         numbers = f"{mine:9.1f} {theirs:9.1f} {ratio:6.2f} {'':13} {race.memory_bar:5.2f}"
         print(f"{'  peak, MiB':{table.WIDTH}} {numbers}  {table.verdict(ratio, ratio, race.memory_bar)}", flush=True)

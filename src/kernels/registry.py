@@ -32,13 +32,13 @@ def lookup(op: str, *arguments: Any) -> Kernel | None:
     ``torch.func`` is active, for tensor subclasses, and for dtypes and shapes that the kernel does not serve. The
     answer depends on nothing that differs between ranks. Gradients of kernels cannot be differentiated again.
     """
-    if torch.compiler.is_compiling():
+    first = arguments[0][0] if isinstance(arguments[0], tuple) else arguments[0]
+    device = first.device
+    if device.type not in DEVICES or torch.compiler.is_compiling() or not _has_triton():
         return None
-    tensors = list(_tensors(arguments))
-    device = tensors[0].device
-    if device.type not in DEVICES or not _has_triton() or torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active():
         return None
-    if any(type(tensor) not in (Tensor, nn.Parameter) or tensor.device != device for tensor in tensors):
+    if any(type(tensor) not in (Tensor, nn.Parameter) or tensor.device != device for tensor in _tensors(arguments)):
         return None
     home = importlib.import_module(f".{_HOMES[op]}", __package__)
     kernel: Kernel = getattr(home, op)
