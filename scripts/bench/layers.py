@@ -266,7 +266,7 @@ def main() -> None:
                 continue
             try:
                 torch.manual_seed(0)
-                show(name, build(), options.rounds)
+                show(name + ", no units" * options.no_units, build(), options.rounds)
             except peers.Missing as missing:
                 print(f"{name:{table.WIDTH}} no peer: {missing}", flush=True)
 

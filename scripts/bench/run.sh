@@ -4,7 +4,7 @@
 #   bash scripts/bench/run.sh [--rounds N]
 #
 # Tables go to build/bench/, the chart to docs/bench.svg. The layers are run twice: as they are, and with malloc keeping
-# freed memory (the hint of the launch recipes). About 15 minutes on two cores, which should have nothing else to do.
+# freed memory (the hint of the launch recipes). About 8 minutes on two cores, which should have nothing else to do.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 

@@ -143,15 +143,16 @@ def own_work(ranks: int) -> float:
 def local_tensor_steps(ranks: int, losses: list[float]) -> float:
     """Milliseconds of a step of all ranks in torch's LocalTensorMode."""
     args, shards = Training.args, simulate(lambda group: Transformer(Training.args, group=group).state_dict(), ranks)
+    firsts = [torch.tensor(rank * args.vocab_size // ranks) for rank in range(ranks)]
+    batch = Training.batch()  # inside the mode each rank would draw its own
     with all_ranks(ranks) as together:
         weights = {name: together([shard[name] for shard in shards]).requires_grad_() for name in shards[0]}
-        first = together([torch.tensor(rank * args.vocab_size // ranks) for rank in range(ranks)])
-        model, optimizer = Model(args, weights, first), torch.optim.AdamW(list(weights.values()), lr=1e-3)
+        model, optimizer = Model(args, weights, together(firsts)), torch.optim.AdamW(list(weights.values()), lr=1e-3)
         for turn in range(STEPS + 1):
             if turn == 1:
                 began = time.perf_counter()
             optimizer.zero_grad()
-            loss = model.loss(*Training.batch())
+            loss = model.loss(*batch)
             loss.backward()
             optimizer.step()
         seconds = time.perf_counter() - began
