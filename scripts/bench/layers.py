@@ -186,6 +186,18 @@ def cross_entropy(columns: int, mode: str, dtype: str, bar: float) -> Race:
     return Race(learning(ours, [logits], grad), learning(peer, [logits], grad), bar, memory_bar=memory_bar)
 
 
+def cross_entropy_beside_dtensor(columns: int) -> Race:
+    """1024 tokens in bfloat16."""
+    logits, targets = torch.randn(1024, columns).bfloat16(), torch.randint(0, columns, (1024,))
+    grad = torch.rand(1024)
+
+    def ours(logits: Tensor) -> Tensor:
+        return vocab_parallel_cross_entropy(logits, targets, group=None, reduction="none")
+
+    peer = peers.dtensor_cross_entropy(logits, targets, grad.bfloat16())
+    return Race(learning(ours, [logits], grad), peer, 0.35)
+
+
 MEDIUM, LARGE = (2, 512, 1024), (4, 1024, 2048)
 ROWS: dict[str, Callable[[], Race]] = {
     "linear bf16 256x1024x1024 fwd": lambda: linear("fwd"),
@@ -208,6 +220,7 @@ ROWS: dict[str, Callable[[], Race]] = {
     "cross-entropy 32K fp32 consuming": lambda: cross_entropy(2**15, "fwd+bwd consuming", "fp32", 0.90),
     "cross-entropy 128K fp32 consuming": lambda: cross_entropy(2**17, "fwd+bwd consuming", "fp32", 0.90),
     "cross-entropy 32K bf16 fwd+bwd": lambda: cross_entropy(2**15, "fwd+bwd", "bf16", 0.75),
+    "cross-entropy 32K bf16 / DTensor": lambda: cross_entropy_beside_dtensor(2**15),
 }
 
 

@@ -54,11 +54,33 @@ def megatron_embedding(ids: Tensor, table: Tensor, first: int) -> Tensor:
     return rows
 
 
+def dtensor_cross_entropy(logits: Tensor, targets: Tensor, grad: Tensor) -> Callable[[], None]:
+    """Forward and backward of torch's ``loss_parallel`` on sharded logits, in a group of one gloo process."""
+    _alone()
+    tensor, parallel = library("torch.distributed.tensor"), library("torch.distributed.tensor.parallel")
+    mesh = library("torch.distributed.device_mesh").init_device_mesh("cpu", (1,))
+    leaf = logits.detach().requires_grad_()
+    sharded = tensor.DTensor.from_local(leaf, mesh, [tensor.Shard(-1)])
+
+    def run() -> None:
+        with parallel.loss_parallel():
+            loss = F.cross_entropy(sharded, targets, reduction="none")
+            loss.backward(tensor.DTensor.from_local(grad, mesh, [tensor.Replicate()]))
+        leaf.grad = None
+
+    return run
+
+
+def _alone() -> None:
+    """A default group of this process alone."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{mkdtemp()}/store")
+
+
 def megatron_cross_entropy() -> Callable[[Tensor, Tensor], Tensor]:
     """Megatron-Core's ``vocab_parallel_cross_entropy``, in a group of one gloo process; float32 logits are consumed."""
     state = library("megatron.core.parallel_state")
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{mkdtemp()}/store")
+    _alone()
     if not state.model_parallel_is_initialized():
         state.initialize_model_parallel()
     call: Callable[[Tensor, Tensor], Tensor] = library("megatron.core.tensor_parallel").vocab_parallel_cross_entropy
