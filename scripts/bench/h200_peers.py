@@ -12,8 +12,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from . import peers
 
 FOLDER = Path(__file__).parents[2] / ".peers"
 Call = Callable[..., Any]
@@ -190,13 +191,4 @@ def transformer_engine_cross_entropy(targets: Tensor) -> Callable[[], Call | Non
 
 def megatron_embedding(ids: Tensor, first: int) -> Callable[[], Call]:
     """The operations of Megatron-Core 0.16.1's VocabParallelEmbedding, up to its all-reduce: no library is needed."""
-
-    def call(table: Tensor) -> Tensor:
-        mask = (ids < first) | (ids >= first + table.shape[0])
-        masked = ids.clone() - first
-        masked[mask] = 0
-        rows = F.embedding(masked, table)
-        rows[mask, :] = 0.0
-        return rows
-
-    return lambda: call
+    return lambda: lambda table: peers.megatron_embedding(ids, table, first)
