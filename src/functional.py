@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu
 from .kernels import lookup
 
 Rotation: TypeAlias = Tensor | tuple[Tensor, Tensor]
@@ -26,8 +25,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     On CPUs without units for bfloat16 such products are taken in float32 and rounded once.
     """
-    fast = cpu.linear(x, weight, bias)
-    return F.linear(x, weight, bias) if fast is None else fast
+    kernel = lookup("linear", x, weight, bias)
+    y: Tensor = kernel(x, weight, bias) if kernel else F.linear(x, weight, bias)
+    return y
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -47,14 +47,16 @@ def product_dtype(x: Tensor, *weights: Tensor) -> torch.dtype | None:
 
 def linear_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
     """``grad [n, out]``, ``weight [out, in]`` -> ``[n, in]``, with the bits that autograd gives ``linear``."""
-    fast = cpu.linear_input_grad(grad, weight)
-    return grad.mm(weight) if fast is None else fast
+    kernel = lookup("linear_input_grad", grad, weight)
+    x_grad: Tensor = kernel(grad, weight) if kernel else grad.mm(weight)
+    return x_grad
 
 
 def linear_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
     """``grad [n, out]``, ``x [n, in]`` -> ``[out, in]``, with the bits that autograd gives ``linear``."""
-    fast = cpu.linear_weight_grad(grad, x)
-    return grad.t().mm(x) if fast is None else fast
+    kernel = lookup("linear_weight_grad", grad, x)
+    weight_grad: Tensor = kernel(grad, x) if kernel else grad.t().mm(x)
+    return weight_grad
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -71,9 +73,8 @@ def group_rms_norm(x: Tensor, weight: Tensor, group_size: int, eps: float) -> Te
     if kernel := lookup("group_rms_norm", x, weight, group_size):
         y = kernel(x, weight, group_size, eps)
         return y
-    fast = cpu.group_rms_norm(x, weight, group_size, eps)
-    if fast is not None:
-        return fast
+    if _in_one_call(x, weight, group_size):
+        return torch.rms_norm(x, (group_size,), weight, eps)
     groups = x.to(wide(x.dtype)).unflatten(-1, (-1, group_size))
     scale = torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps)
     y = (groups * scale).flatten(-2) * weight.to(x.device)
@@ -107,9 +108,6 @@ def shard_embedding(ids: Tensor, table: Tensor, first: int) -> Tensor:
     if kernel := lookup("shard_embedding", ids, table):
         found: Tensor = kernel(ids, table, first)
         return found
-    fast = cpu.shard_embedding(ids, table, first)
-    if fast is not None:
-        return fast
     local = ids - first
     owned = (local >= 0) & (local < table.shape[0])
     rows = F.embedding(torch.where(owned, local, 0), table)
@@ -190,9 +188,6 @@ def apply_rotary_pos_emb(input: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if kernel := lookup("rotate", (input,), (cos, sin)):
         turned = kernel((input,), (cos, sin))[0]
         return turned
-    fast = cpu.rotate_halves(input, cos, sin)
-    if fast is not None:
-        return fast
     cos, sin = (table.to(input.device).unsqueeze(-2) for table in (cos, sin))
     x = input.to(torch.promote_types(input.dtype, cos.dtype))
     turned = _rotated_in_one_pass(x, cos, sin) if torch.compiler.is_compiling() else x * cos + rotate_half(x) * sin
@@ -274,6 +269,13 @@ def causal_mask(
     fillers = keys < padding.to(device).view(-1, 1, 1, 1)
     own = keys == keys[start_pos:].unsqueeze(1)
     return mask.masked_fill(fillers & ~own, -math.inf)
+
+
+def _in_one_call(x: Tensor, weight: Tensor, group_size: int) -> bool:
+    """Whether torch's norm has the bits of ours; its gradient has two terms, which others of ``x`` may come between."""
+    if torch.is_grad_enabled() or weight.numel() != group_size or x.dtype != weight.dtype:
+        return False
+    return x.is_cpu and weight.is_cpu
 
 
 def _rotated_in_one_pass(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ FILES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path
 FLOORS = {
     "": [
         {"sharding", "rope_scaling"},
-        {"cpu"},
+        {"memory"},
         {"kernels", "distributed"},
         {"functional"},
         {"modeling", "sampling"},
@@ -67,7 +67,9 @@ FLOORS = {
         {"meta"},
     ],
     "kernels": [
-        {"registry", "launch"},
+        {"launch", "row_blocks"},
+        {"cpu_embedding", "cpu_linear", "cpu_norm", "cpu_rope"},
+        {"registry"},
         {"norm", "rope", "swiglu", "embedding", "cross_entropy"},
     ],
     "modeling": [

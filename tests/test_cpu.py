@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from src import cpu
 from src import functional as fn
+from src import memory
+from src.kernels import cpu_embedding, cpu_linear, cpu_norm, cpu_rope, lookup, row_blocks
 from src.testing import Ranks
 from tests import test_same_bits
 
@@ -29,20 +30,21 @@ def numbers(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tenso
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything in one block, in several with a shorter last one, and row by row."""
     elements = {"one block": 2**20, "blocks": 200, "rows": 1}[request.param]
-    monkeypatch.setattr(cpu, "BLOCK_ELEMENTS", elements)
-    monkeypatch.setattr(cpu, "WEIGHT_ELEMENTS", elements)
+    monkeypatch.setattr(row_blocks, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(cpu_linear, "WEIGHT_ELEMENTS", elements)
 
 
 @pytest.fixture(autouse=True)
 def no_tensor_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "MIN_ELEMENTS", 0)
-    monkeypatch.setattr(cpu, "MIN_ELEMENTS_FORWARD", 0)
+    for home in (cpu_embedding, cpu_norm, cpu_rope):
+        monkeypatch.setattr(home, "MIN_ELEMENTS", 1)
+    monkeypatch.setattr(cpu_norm, "MIN_ELEMENTS_FORWARD", 1)
 
 
 def plain(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """``call`` with the bodies of ``functional``."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "serves", lambda x, contiguous=True: False)
+        patch.setattr(fn, "lookup", lambda op, *arguments: None)
         return call(*args, **options)
 
 
@@ -65,6 +67,13 @@ def check_gradients(call: Callable[..., Tensor], leaves: list[Tensor], scale: fl
         torch.testing.assert_close(mine.double(), theirs, rtol=tolerance, atol=tolerance)
 
 
+def norm_formula(x: Tensor, weight: Tensor, size: int) -> Tensor:
+    """Groups of ``size`` channels, eps 1e-5, every operation apart."""
+    groups = x.to(fn.wide(x.dtype)).unflatten(-1, (-1, size))
+    scale = torch.rsqrt(groups.square().mean(-1, keepdim=True) + 1e-5)
+    return ((groups * scale).flatten(-2) * weight).to(x.dtype)
+
+
 NORM_SHAPES = [(1,), (7,), (48,), (1, 48), (33, 48), (2, 17, 48), (3, 1, 5, 130), (1, 1, 1024), (5, 4096), (300, 8)]
 
 
@@ -77,20 +86,33 @@ def test_norm_has_the_bits_of_the_plain_body(
 ) -> None:
     x, weight = numbers(0, *shape, dtype=dtype), numbers(1, shape[-1]).to(weight_dtype) / 3
     for size in {size for size in (1, 2, 3, 13, 16, 128, shape[-1]) if shape[-1] % size == 0}:
-        call = (fn.group_rms_norm, x, weight, size, 1e-5)
-        want = plain(*call)
+        want = norm_formula(x, weight, size)
         assert torch.equal(fn.group_rms_norm(x, weight, size, 1e-5), want)
         learning = fn.group_rms_norm(x.clone().requires_grad_(), weight, size, 1e-5)
         assert torch.equal(learning, want) and learning.dtype == dtype and learning.shape == shape
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("elements", [0, 2**20])
-def test_norm_of_one_row_in_one_call(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, elements: int) -> None:
-    monkeypatch.setattr(cpu, "MIN_ELEMENTS_FORWARD", elements)
+@torch.no_grad()
+def test_norm_of_a_small_tensor_in_one_call(dtype: torch.dtype) -> None:
     for shape in NORM_SHAPES:
         x, weight = numbers(0, *shape, dtype=dtype), numbers(1, shape[-1], dtype=dtype)
-        assert torch.equal(fn.rms_norm(x, weight, 1e-5), plain(fn.rms_norm, x, weight, 1e-5))
+        for strided in (x, numbers(0, *shape, 2, dtype=dtype)[..., 0]):
+            got, want = plain(fn.rms_norm, strided, weight, 1e-5), norm_formula(strided, weight, shape[-1])
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("size", [48, 16])
+def test_gradient_of_a_small_norm_is_one_term(size: int) -> None:
+    """A sum with the gradient of a residual must not depend on what lies between the two."""
+
+    def block(x: Tensor, weight: Tensor, apart: bool) -> Tensor:
+        x = x * 1
+        return plain(fn.group_rms_norm, x.view_as(x) if apart else x, weight, size, 1e-5) + x
+
+    leaves, grad = [numbers(0, 3, 40, 48), numbers(1, 48)], numbers(2, 3, 40, 48)
+    together, apart = (gradients(lambda x, w, on=on: block(x, w, on), leaves, grad) for on in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -101,7 +123,8 @@ def test_norm_of_wide_rows_by_several_threads(shape: tuple[int, ...], threads: i
     try:
         for dtype in (torch.float32, torch.bfloat16):
             x, weight = numbers(0, *shape, dtype=dtype), numbers(1, shape[-1])
-            assert torch.equal(fn.rms_norm(x, weight, 1e-5), plain(fn.rms_norm, x, weight, 1e-5))
+            for call in (fn.rms_norm, lambda *arguments: plain(fn.rms_norm, *arguments)):
+                assert torch.equal(call(x, weight, 1e-5), norm_formula(x, weight, shape[-1]))
     finally:
         torch.set_num_threads(before)
 
@@ -167,8 +190,8 @@ def test_a_tables_gradient_has_the_bits_of_the_plain_body(dtype: torch.dtype, co
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_large_results_are_placed_like_torchs(dtype: torch.dtype) -> None:
-    shape = torch.Size([cpu.HUGE_BYTES + 1])
-    for tensor in (cpu.empty_like(torch.empty(shape, dtype=dtype)), cpu._zeros(shape, dtype)):
+    shape = torch.Size([memory.HUGE_BYTES + 1])
+    for tensor in (memory.empty_like(torch.empty(shape, dtype=dtype)), memory.zeros(shape, dtype)):
         assert (tensor.shape, tensor.dtype, tensor.data_ptr() % 64) == (shape, dtype, 0)
     assert not tensor.any()
 
@@ -188,7 +211,7 @@ def test_a_rows_gradient_does_not_depend_on_how_the_table_is_cut(dtype: torch.dt
 
 
 def wide_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "has_bfloat16_units", lambda: False)
+    monkeypatch.setattr(cpu_linear, "has_bfloat16_units", lambda: False)
 
 
 @pytest.mark.usefixtures("blocks")
@@ -236,7 +259,7 @@ def test_other_products_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     cases = [(8, torch.float32), (1, torch.bfloat16), (8, torch.float16)]
     want = [F.linear(numbers(0, n, 12, dtype=dtype), numbers(1, 20, 12, dtype=dtype)) for n, dtype in cases]
     wide_only(monkeypatch)
-    monkeypatch.setattr(cpu, "_WideLinear", None)
+    monkeypatch.setattr(cpu_linear, "_WideLinear", None)
     for (n, dtype), y in zip(cases, want, strict=True):
         assert torch.equal(fn.linear(numbers(0, n, 12, dtype=dtype), numbers(1, 20, 12, dtype=dtype)), y)
 
@@ -313,3 +336,35 @@ def test_empty(shape: tuple[int, ...]) -> None:
     x = torch.zeros(shape, requires_grad=True)
     fn.rms_norm(x, torch.ones(8), 1e-5).sum().backward()
     assert x.grad is not None and x.grad.shape == shape
+
+
+def test_the_registry_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = numbers(0, 3, 8), numbers(1, 8)
+    heads, tables = numbers(2, 1, 3, 2, 8), fn.rope_tables(3, 8, 1e4)
+    assert lookup("group_rms_norm", x, weight, 4) is cpu_norm.group_rms_norm
+    assert lookup("shard_embedding", torch.zeros(3, dtype=torch.int64), x) is cpu_embedding.shard_embedding
+    assert lookup("rotate", (heads,), tables) is cpu_rope.rotate
+    assert lookup("rotate", (heads,), (fn.precompute_freqs_cis(8, 3),)) is None
+    assert lookup("swiglu", x, x) is None
+    wide_only(monkeypatch)
+    assert lookup("linear", x.bfloat16(), weight.bfloat16(), None) is None
+    assert lookup("linear", numbers(0, 8, 8).bfloat16(), weight.outer(weight).bfloat16(), None) is cpu_linear.linear
+
+
+class Subclass(Tensor):
+    pass
+
+
+OTHERS = [numbers(1, 8).to("meta"), numbers(1, 8).as_subclass(Subclass), numbers(1, 8).double()]
+
+
+@pytest.mark.parametrize("weight", OTHERS, ids=["elsewhere", "subclass", "wider"])
+def test_the_registry_leaves_the_rest_to_the_body(weight: Tensor) -> None:
+    assert lookup("group_rms_norm", numbers(0, 3, 8), weight, 4) is None
+
+
+def test_transforms_see_the_body() -> None:
+    x, weight = numbers(0, 3, 8), numbers(1, 8)
+    (want,) = gradients(lambda x: fn.group_rms_norm(x, weight, 4, 1e-3), [x], torch.ones(3, 8))
+    got = torch.func.grad(lambda x: fn.group_rms_norm(x, weight, 4, 1e-3).sum())(x)
+    torch.testing.assert_close(got, want)

@@ -95,8 +95,9 @@ def test_lookup_leaves_the_rest_to_the_body(op: str, arguments: tuple[Any, ...])
     assert lookup(op, *arguments) is None
 
 
-def test_lookup_finds_nothing_on_a_cpu() -> None:
+def test_small_tensors_on_a_cpu_are_left_to_the_body() -> None:
     assert lookup("group_rms_norm", X, W, 4) is None
+    assert lookup("swiglu", X, X) is None
 
 
 @pytest.mark.usefixtures("anywhere")

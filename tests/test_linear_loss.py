@@ -198,7 +198,7 @@ def test_memory(monkeypatch: pytest.MonkeyPatch, num_shards: int) -> None:
     for call in (apart, lambda: head(x, targets).backward(), lambda: head(x, targets, block_tokens=16).backward()):
         call()  # gradients are there already: no other step is like the first one
     small = LOGITS // 4  # the gradients of weight and input, statistics, blocks
-    assert peak(apart) > 2 * LOGITS
+    assert peak(apart) > 2 * LOGITS - small
     assert LOGITS <= peak(lambda: head(x, targets).backward()) < LOGITS + small
     assert peak(lambda: head(x, targets, block_tokens=16).backward()) < LOGITS // 7
     with torch.no_grad():

@@ -131,6 +131,14 @@ def test_logits_that_a_mask_excludes(ranks: Ranks, num_shards: int | None) -> No
     check(whole(ranks.on("simulated", 4)(program, *case, num_shards=num_shards)), reference(*case), torch.float32)
 
 
+@pytest.mark.ranks(1, 2)
+def test_an_ignored_token_without_any_logits(ranks: Ranks) -> None:
+    logits, targets, grad = inputs(torch.float32)
+    logits[0, 1], targets[0, 1] = float("-inf"), -100
+    loss, got = whole(ranks(program, logits, targets, grad, {"reduction": "sum"}))
+    assert loss.isfinite() and got.isfinite().all() and not got[0, 1].any()
+
+
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2, "vocab_size": 90}], ids=["plain", "smoothing"])
 @pytest.mark.parametrize("num_shards", [None, 8])
 def test_a_constant_added_to_all_logits_changes_nothing(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from src import Group, Ledger, SimulationError, cpu, simulate
+from src import Group, Ledger, SimulationError, simulate
 from src.distributed import (
     all_reduce,
     barrier,
@@ -24,6 +24,7 @@ from src.distributed import (
     start_all_reduce,
     start_reduce_scatter,
 )
+from src.kernels import cpu_linear
 from src.modeling import (
     Attention,
     ColumnParallelLinear,
@@ -344,8 +345,8 @@ def test_faults_name_the_collective_that_was_started(monkeypatch: pytest.MonkeyP
 
 
 def test_wide_products_are_those_of_the_plain_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "has_bfloat16_units", lambda: False)
-    monkeypatch.setattr(cpu, "WEIGHT_ELEMENTS", 200)
+    monkeypatch.setattr(cpu_linear, "has_bfloat16_units", lambda: False)
+    monkeypatch.setattr(cpu_linear, "WEIGHT_ELEMENTS", 200)
     for numbers in ("bf16", "autocast"):
         for same in simulate(both_ways, 2, "block", *NUMBERS[numbers], num_shards=4):
             assert all(same), numbers

@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from src import cpu, functional
+from src import functional
+from src.kernels import cpu_linear
 from src.modeling import vocab_parallel_cross_entropy
 
 from . import peers, table
@@ -84,7 +85,7 @@ def consuming(call: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> Call
 
 def linear(mode: str) -> Race:
     """With units for bfloat16 both are ``F.linear``."""
-    bar = 1.0 if cpu.has_bfloat16_units() else {"fwd": 0.25, "fwd+bwd": 0.06}[mode]
+    bar = 1.0 if cpu_linear.has_bfloat16_units() else {"fwd": 0.25, "fwd+bwd": 0.06}[mode]
     x, weight = torch.randn(256, 1024).bfloat16(), torch.randn(1024, 1024).bfloat16()
     if mode == "fwd":
         return Race(forward(lambda: functional.linear(x, weight)), forward(lambda: F.linear(x, weight)), bar)
@@ -271,9 +272,11 @@ def main() -> None:
     warnings.simplefilter("ignore")
     if options.no_units:
         os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"
-    print(f"units for bfloat16: {'not used' if options.no_units else 'yes' if cpu.has_bfloat16_units() else 'no'}")
+    print(
+        f"units for bfloat16: {'not used' if options.no_units else 'yes' if cpu_linear.has_bfloat16_units() else 'no'}"
+    )
     print(table.header())
-    with patch.object(cpu, "has_bfloat16_units", lambda: False) if options.no_units else nullcontext():
+    with patch.object(cpu_linear, "has_bfloat16_units", lambda: False) if options.no_units else nullcontext():
         for name, build in ROWS.items():
             if options.rows and not any(word in name for word in options.rows):
                 continue

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..cpu import empty
+from ..memory import empty
 from .reduction import ring_part, tree_sum
 from .shared_memory import DTYPES, SLOT_BYTES, SharedMemory
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..cpu import empty_like
 from ..distributed.group import Group, group_or_single
 from ..distributed.regions import copy_to_shards, split_shards
 from ..functional import autocast_dtype, linear, wide
+from ..memory import empty_like
 from .checks import check_activations
 from .loss import check_targets, cross_entropy
 from .loss_terms import Criterion, Piece, Reduction, statistics, token_losses, write_gradients

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
-from ..cpu import empty_like
 from ..distributed.group import Group, group_or_single
+from ..memory import empty_like
 from .checks import check_ids
 from .loss_terms import Criterion, Piece, Reduction, statistics, token_losses, write_gradients
 

@@ -98,10 +98,12 @@ def statistics(rows: Tensor, targets: Tensor, piece: Piece, criterion: Criterion
     if piece.valid == 0:
         return out
     owned, column = piece.locate(targets)
+    lowest = torch.finfo(out.dtype).min  # in place of -inf, where a row has nothing else
     for block in piece.blocks(len(rows)):
         x = rows[block, piece.columns].to(out.dtype)
-        finite = _finite(x)
-        out[0, block] = finite.amax(-1)
+        top = x.amax(-1)
+        finite = x if _known(top > lowest) else x.clamp_min(lowest)
+        out[0, block] = top.clamp_min(lowest)
         out[1, block] = torch.softmax(finite, -1).amax(-1).reciprocal()  # the largest is exp(0) over the sum
         out[2, block] = x.gather(-1, column[block, None]).squeeze(-1).masked_fill(~owned[block], 0)
         if with_sum:
@@ -131,9 +133,9 @@ def token_losses(
     return per_token.masked_fill(~kept, 0), (shares, top, log_sum, targets, kept)
 
 
-def _finite(x: Tensor) -> Tensor:
-    """``x`` with logits of -inf, of which a row may have no others, as small as they can be."""
-    return x.clamp_min(torch.finfo(x.dtype).min)
+def _known(rows: Tensor) -> bool:
+    """Whether all of ``rows`` are true, and it costs nothing to know: no GPU is waited for, no graph broken."""
+    return type(rows) is Tensor and rows.is_cpu and not torch.compiler.is_compiling() and bool(rows.all())
 
 
 def _combine(statistics: Tensor, real: list[int]) -> list[Tensor]:
@@ -166,6 +168,7 @@ def write_gradients(
     shares, top, log_sum, targets, kept = saved
     grad = grad.masked_fill(~kept, 0)[:, None]
     slope_target, slope_all = criterion.slopes
+    lowest = torch.finfo(top.dtype).min
     if kernel := lookup("cross_entropy_gradient", tensors[0], targets):
         by_lse = grad * (1 + 2 * criterion.z_loss * (top + log_sum))[:, None]
         vectors = (top, log_sum), (by_lse, slope_target * grad, slope_all * grad)
@@ -180,8 +183,10 @@ def write_gradients(
         owned, column = piece.locate(targets)
         at_target = (-slope_target * grad).masked_fill(~owned[:, None], 0)
         by_softmax = share[:, None] * grad
+        finite = _known((share > 0) & (top > lowest))
         for block in piece.blocks(len(rows)):
-            place, x = out[block, piece.columns], _finite(rows[block, piece.columns].to(share.dtype))
+            place, x = out[block, piece.columns], rows[block, piece.columns].to(share.dtype)
+            x = x if finite else x.clamp_min(lowest)
             direct = place.dtype == x.dtype and not torch.compiler.is_compiling()
             softmax = torch.softmax(x, -1, out=place) if direct else torch.softmax(x, -1)
             slope = softmax.mul_(by_softmax[block])
