@@ -42,6 +42,24 @@ class _ShardEmbedding(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         found, owned = ctx.saved_tensors
-        total = zeros(ctx.table_shape, grad.dtype)
-        total.index_add_(0, found, grad.reshape(-1, grad.shape[-1])[owned])
-        return None, total, None
+        rows = grad.reshape(-1, grad.shape[-1])[owned]
+        if not _is_added_to_grad(ctx.next_functions[1][0]):
+            return None, zeros(ctx.table_shape, grad.dtype).index_add_(0, found, rows), None
+        distinct, place = found.unique(return_inverse=True)
+        sums = rows.new_zeros(len(distinct), rows.shape[1]).index_add_(0, place, rows)
+        options: dict[str, Any] = {"is_coalesced": True, "check_invariants": False}
+        return None, torch.sparse_coo_tensor(distinct[None], sums, ctx.table_shape, **options), None
+
+
+def _is_added_to_grad(node: Any) -> bool:
+    """Whether autograd adds what ``node`` is given to a ``.grad`` that is there, and nobody sees it before.
+
+    Rows are added in place then, with the bits of a whole table: none is made.
+    """
+    table = getattr(node, "variable", None)  # only leaves have one
+    if table is None or table.grad is None or table._backward_hooks:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # for torch.autograd.grad, which returns it
+        return False

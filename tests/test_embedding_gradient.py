@@ -1,0 +1,125 @@
+"""A table's gradient from the second micro-batch on: rows are added to ``.grad`` in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from src import Group
+from src.kernels import cpu_embedding
+from src.modeling import ParallelVocabEmbedding, vocab_parallel_linear_cross_entropy
+from src.testing import Ranks
+from tests.test_linear_loss import peak
+
+VOCAB, WIDTH, TOKENS = 4096, 16, 2048
+FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def batches(count: int = 3) -> list[tuple[Tensor, Tensor]]:
+    """Ids, many of them often, and a gradient for their rows."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda: torch.randint(VOCAB, (2, TOKENS // 2), generator=generator)  # noqa: E731
+    return [(draw() % 600 * 5, torch.randn(2, TOKENS // 2, WIDTH, generator=generator)) for _ in range(count)]
+
+
+def accumulated(group: Group | None, dtype: torch.dtype = torch.float32, way: str = "backward") -> Tensor:
+    layer = ParallelVocabEmbedding(VOCAB, WIDTH, process_group=group, dtype=dtype)
+    module = DistributedDataParallel(layer) if way == "ddp" else layer
+    if way == "hook":
+        layer.weight.register_hook(lambda grad: grad * 1)
+    layer.weight.grad = torch.ones_like(layer.weight)
+    for ids, grad in batches():
+        out = module(ids)
+        if way == "grad":
+            layer.weight.grad += torch.autograd.grad(out, layer.weight, grad.to(dtype))[0]
+        else:
+            out.backward(grad.to(dtype))
+    assert isinstance(layer.weight.grad, Tensor)
+    return layer.weight.grad
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """Of each backward, whether it added rows."""
+    decisions: list[bool] = []
+    decide = cpu_embedding._is_added_to_grad
+
+    def noted(node: Any) -> bool:
+        decisions.append(decide(node))
+        return decisions[-1]
+
+    monkeypatch.setattr(cpu_embedding, "_is_added_to_grad", noted)
+    yield decisions
+
+
+@pytest.fixture
+def whole_tables(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Calls something with gradients that are whole tables."""
+
+    def call(function: Callable[..., Any], *arguments: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu_embedding, "_is_added_to_grad", lambda node: False)
+            return function(*arguments)
+
+    return call
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("way, in_place", [("backward", True), ("hook", False), ("grad", False)])
+def test_bits(made: list[bool], whole_tables: Callable[..., Any], dtype: torch.dtype, way: str, in_place: bool) -> None:
+    got = accumulated(None, dtype, way)
+    assert made == [in_place] * 3 and got.layout == torch.strided
+    assert torch.equal(got, whole_tables(accumulated, None, dtype))
+
+
+@pytest.mark.parametrize("num_shards", [None, 8])
+def test_every_size(ranks: Ranks, num_shards: int | None) -> None:
+    want = accumulated(None)
+    for place in [("simulated", 2), ("simulated", 8), ("gloo", 2)]:
+        assert torch.equal(torch.cat(ranks.on(*place)(accumulated, num_shards=num_shards)), want)
+
+
+@pytest.mark.ranks(gloo=2)
+def test_under_data_parallel(ranks: Ranks) -> None:
+    """All ranks have the same batches: their mean is that of one."""
+    for got in ranks(of_replicas):
+        torch.testing.assert_close(got, accumulated(None))
+
+
+def of_replicas(group: Group) -> Tensor:
+    return accumulated(Group.single(), way="ddp")
+
+
+def test_memory(whole_tables: Callable[..., Any]) -> None:
+    layer, (ids, grad) = ParallelVocabEmbedding(16 * VOCAB, WIDTH), batches()[0]
+    table_bytes = layer.weight.nbytes
+
+    def step() -> None:
+        layer(ids).backward(grad)
+
+    assert peak(step) > table_bytes  # the first gradient becomes .grad
+    assert peak(step) < table_bytes // 4
+    assert whole_tables(peak, step) > table_bytes
+
+
+def test_a_table_that_is_the_head_too(made: list[bool], whole_tables: Callable[..., Any]) -> None:
+    ids, _ = batches()[0]
+
+    def step(table: nn.Parameter) -> Tensor:
+        for _ in range(2):
+            hidden = ParallelVocabEmbedding.forward(layer, ids)
+            vocab_parallel_linear_cross_entropy(hidden, table, ids, group=None).backward()
+        assert table.grad is not None
+        return table.grad
+
+    grads = []
+    for call in (step, lambda table: whole_tables(step, table)):
+        layer = ParallelVocabEmbedding(VOCAB, WIDTH)
+        grads.append(call(layer.weight))
+    assert made == [False, True] and grads[0].layout == torch.strided
+    assert torch.equal(*grads)
