@@ -45,27 +45,29 @@ class _GroupRMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, size: int, eps: float) -> Tensor:
         rows, dtype = x.view(-1, x.shape[-1] // size, size), _wide(x.dtype)
         gamma = weight.to(dtype).view(rows.shape[1:])
-        y, scale = empty_like(rows), rows.new_empty(*rows.shape[:2], 1, dtype=dtype)
+        y, scales = empty_like(rows), rows.new_empty(*rows.shape[:2], 1, dtype=dtype)
         for block in row_blocks(rows):
             wide = rows[block].to(dtype)
-            scale[block] = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-            y[block] = (wide * scale[block]).mul_(gamma)
-        ctx.save_for_backward(rows, gamma, scale)
+            scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps, out=scales[block])
+            place = y[block] if y.dtype == dtype else wide
+            y[block] = torch.mul(wide, scale, out=place).mul_(gamma)
+        ctx.save_for_backward(rows, gamma, scales)
         ctx.weight_dtype = weight.dtype
         return y.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, gamma, scale = ctx.saved_tensors
+        rows, gamma, scales = ctx.saved_tensors
         grads, x_grad, weight_grad = grad.reshape(rows.shape), empty_like(rows), torch.zeros_like(gamma)
         for block in row_blocks(rows):
-            wide = grads[block].to(gamma.dtype)
-            normed = rows[block].to(gamma.dtype) * scale[block]
-            weight_grad += (wide * normed).sum(0)
-            pulled = wide * gamma
-            along = (pulled * normed).mean(-1, keepdim=True)
-            x_grad[block] = pulled.sub_(normed.mul_(along)).mul_(scale[block])
+            wide, scale = grads[block].to(gamma.dtype), scales[block]
+            normed = rows[block].to(gamma.dtype) * scale
+            product = wide * normed
+            weight_grad += product.sum(0)
+            along = product.mul_(gamma).mean(-1, keepdim=True)
+            place = x_grad[block] if x_grad.dtype == gamma.dtype else wide
+            x_grad[block] = torch.mul(wide, gamma, out=place).sub_(normed.mul_(along)).mul_(scale)
         return x_grad.view(grad.shape), weight_grad.flatten().to(ctx.weight_dtype), None, None
 
 

@@ -51,7 +51,7 @@ def _rotated(x: Tensor, cos: Tensor, first_sin: Tensor, second_sin: Tensor) -> T
     y = empty_like(rows)
     for block in row_blocks(rows):
         wide = rows[block].to(dtype)
-        out = wide * cos[block]
+        out = torch.mul(wide, cos[block], out=y[block] if y.dtype == dtype else None)
         out[..., :half] -= wide[..., half:] * first_sin[block]
         out[..., half:] += wide[..., :half] * second_sin[block]
         y[block] = out
