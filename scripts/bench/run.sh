@@ -24,8 +24,9 @@ table layers "$python" -m scripts.bench.layers "$@"
 table layers-without-units "$python" -m scripts.bench.layers --no-units linear "$@"
 table layers-warm-malloc "${warm_malloc[@]}" "$python" -m scripts.bench.layers norm embedding rope cross "$@"
 table steps "${two_ranks[@]}" scripts.bench.steps "$@"
+table steps-gloo "${two_ranks[@]}" scripts.bench.steps --gloo "$@"
 table all-reduce "$python" -m scripts.bench.all_reduce --ranks 2 "$@"
 table simulation "$python" -m scripts.bench.simulation "$@"
 table start "$python" -m scripts.bench.start
 "$python" -m scripts.bench.chart build/bench/layers.txt build/bench/layers-without-units.txt \
-    build/bench/steps.txt build/bench/all-reduce.txt build/bench/simulation.txt
+    build/bench/steps.txt build/bench/steps-gloo.txt build/bench/all-reduce.txt build/bench/simulation.txt

@@ -1,8 +1,9 @@
 """A training step of a small Llama on two gloo processes, beside other libraries' layers: side by side in one run.
 
-    torchrun --standalone --nproc-per-node 2 -m scripts.bench.steps [--only medium small] [--rounds 9]
+    torchrun --standalone --nproc-per-node 2 -m scripts.bench.steps [--only medium small] [--gloo] [--rounds 9]
 
 All contenders begin with the same weights, see the same batch and use the same AdamW; their first losses must agree.
+With ``--gloo`` our ranks, too, send by gloo, and not through the memory that they share.
 A step is timed on the wall, the slowest rank counting; contenders take turns, the order changing every round.
 ``scripts/bench/peers.sh`` installs the peers.
 """
@@ -39,6 +40,8 @@ SIZES = {
 BARS = {
     "medium": {"megatron": 0.95, "dtensor": 0.80, "transformers": 0.70},
     "small": {"megatron": 0.60, "dtensor": 0.30, "transformers": 0.30},
+    "medium, gloo": {"megatron": 0.95, "dtensor": 0.80, "transformers": 0.70},
+    "small, gloo": {"megatron": 0.90, "dtensor": 0.45},
 }
 
 
@@ -92,8 +95,9 @@ def check_agreement(losses: dict[str, float]) -> None:
             raise SystemExit(f"the losses differ: {losses}; {name} is no peer")
 
 
-def race(name: str, count: int, group: Group) -> None:
+def race(name: str, count: int, group: Group, by_gloo: bool) -> None:
     """Print one row for each peer."""
+    label = f"{name}, gloo" if by_gloo else name
     args, batch_size, length = SIZES[name]
     args.rope_pairing = "halves"
     torch.manual_seed(0)
@@ -111,7 +115,7 @@ def race(name: str, count: int, group: Group) -> None:
     for place, who in enumerate(steps):
         if who != "isoshard":
             pairs = [(found[0], found[place]) for found in times]
-            print_once(row(f"step {name} / {who}", pairs, BARS[name][who]))
+            print_once(row(f"step {label} / {who}", pairs, BARS[label].get(who)))
 
 
 def print_once(line: object) -> None:
@@ -124,14 +128,15 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=list(SIZES), default=list(SIZES), help="sizes (%(default)s)")
+    parser.add_argument("--gloo", action="store_true", help="no shared memory")
     parser.add_argument("--rounds", type=int, default=15, help="rounds of each race (%(default)s)")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    group = init(device="cpu")
+    group = init(device="cpu", shared_memory=not options.gloo)
     print_once(header())
     for name in options.only:
-        race(name, options.rounds, group)
+        race(name, options.rounds, group, options.gloo)
     dist.barrier(group.pg)
     dist.destroy_process_group()
 
