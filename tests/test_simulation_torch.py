@@ -170,6 +170,26 @@ def test_the_first_compilation_of_a_process_may_be_inside() -> None:
     assert done.stdout == "[0.0, 1.0, 2.0]\n", done.stderr
 
 
+FAKE_TENSORS_INSIDE = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from src import simulate
+
+def program(group):
+    with FakeTensorMode():
+        return list((torch.empty(3) + group.rank).shape)
+
+print([simulate(program, 4) for _ in range(5)] == [[[3]] * 4] * 5)
+"""
+
+
+def test_fake_tensors_in_one_simulation_after_the_other() -> None:
+    """A process of its own: torch built for CUDA crashes without a GPU when nobody looks after it."""
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", FAKE_TENSORS_INSIDE], cwd=root, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
+
+
 def gather(x: Tensor, group: Group) -> Any:
     out = [torch.empty_like(x) for _ in range(group.world_size)] if group.rank == 1 else None
     dist.gather(x, out, dst=1)

@@ -83,8 +83,17 @@ def rank_settings(threads: int) -> Any:
     return torch.autograd.set_multithreading_enabled(False)
 
 
+def _outlive_fake_tensors() -> None:
+    """Without a GPU, FakeTensorMode (of DTensor, FSDP2) installs a device guard that lives in the thread which needs it
+    first, and torch built for CUDA crashes when that thread was a rank of an earlier simulation."""
+    install = getattr(torch._C, "_ensureCUDADeviceGuardSet", None)
+    if install is not None and not torch.cuda.is_available():
+        install()
+
+
 def register_backend() -> None:
-    """Make the simulated backend known to torch."""
+    """Make the simulated backend known to torch, and ranks safe that come and go as threads."""
+    _outlive_fake_tensors()
     dist.Backend.register_backend(BACKEND, _create_group, extended_api=True, devices=["cpu", "cuda"])
 
 
