@@ -176,6 +176,28 @@ def test_swiglu(dtype: torch.dtype, shape: tuple[int, ...], served: list[str]) -
     assert served == 3 * ["swiglu"]
 
 
+@pytest.mark.parametrize("shape", [(3, 10), (2, 2, 4200), (1, 3, 2)])
+def test_swiglu_of_halves_of_one_tensor_copies_nothing(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the gradient of the result, or one half alone, lies apart."""
+    monkeypatch.setattr(Tensor, "contiguous", lambda x: pytest.fail("a copy"))
+    packed = numbers(0, *shape, scale=3)
+    gate, up = packed.chunk(2, -1)
+    compare(lambda x: fn.swiglu(*x.chunk(2, -1)), packed, factor=2)
+    compare(lambda gate: fn.swiglu(gate, up.to(gate.dtype)), gate.clone(), factor=2)
+    compare(lambda x: torch.cat([fn.swiglu(*x.chunk(2, -1)), x], -1), packed, factor=2)
+
+
+def test_swiglu_of_strided_columns() -> None:
+    """Gaps between channels, rows without a common distance, one row for all."""
+    rows = numbers(0, 6, 5)
+    compare(lambda x: fn.swiglu(x.t(), x.t().flip(0)), rows, factor=2)
+    compare(
+        lambda x: fn.swiglu(x[:, :, :2].transpose(0, 1), x[:, :, 3:].transpose(0, 1)), numbers(1, 2, 3, 5), factor=2
+    )
+    compare(lambda x: fn.swiglu(x[:1].expand(6, 5), x), rows, factor=2)
+    compare(lambda x: fn.swiglu(x[::2], x[1::2]), numbers(2, 8), factor=2)
+
+
 def test_swiglu_of_extreme_gates() -> None:
     gate = torch.tensor([-60000.0, -100.0, 0.0, 100.0, 60000.0], device=DEVICE).half()
     assert all(t.isfinite().all() for t in compare(fn.swiglu, gate, torch.full_like(gate, 0.5), scale=0.1))

@@ -133,6 +133,7 @@ CASES: dict[str, Callable[[], None]] = {
     "add and norm 4096": lambda: add_norm_of(4096, 4096),
     "add and norm 16384": lambda: add_norm_of(16384, 16384),
     "swiglu": lambda: there_and_back(swiglu.swiglu, empty(16, 3584), empty(16, 3584)),
+    "swiglu of halves": lambda: there_and_back(swiglu.swiglu, *empty(16, 2 * 3584).chunk(2, -1)),
     "halves": lambda: rotation_of("halves", 32, 8),
     "neighbours": lambda: rotation_of("neighbours", 8, 1),
     "embedding": lambda: embedding_of(4096),

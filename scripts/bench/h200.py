@@ -2,15 +2,19 @@
 
     python -m scripts.bench.h200 --part 1 --out runs/h200.jsonl    ceilings; own kernels: errors, times, memory, syncs
     python -m scripts.bench.h200 --part 2 --out runs/h200.jsonl    the same rows with peers, in turns; then what is left
-    python -m scripts.bench.h200 --part 3 --out runs/h200.jsonl    host time, compiled graphs, one block at tp = 1 ... 8
+    python -m scripts.bench.h200 --part 3 --out runs/h200.jsonl    host time, torch.compile, one block at tp = 1 ... 8
+    python -m scripts.bench.h200_counters runs/h200.jsonl          hardware counters of the worst rows, by ncu
     python -m scripts.bench.h200 --dry                             all rows on a CPU, tiny, peers replaced by the body
 
-C is this run's copy bandwidth, G the rate of its bfloat16 product of 8192-wide squares. A row's error is that of 1024
-tokens against float64, with NaN in fresh memory, over the error of the float32 body ("error", at most 1.05). Times are
-medians; what takes less than 0.1 ms is replayed as a CUDA graph of 20 calls, in which small tensors may stay in the L2
-cache. Contenders take turns; "tie" where their rounds overlap the bar. Each row is written to --out as soon as it is
-there, the most telling ones first; what --seconds left no time for is "not measured", an absent peer "n/a".
-``scripts/bench/h200_peers.sh`` fetches the peers.
+C is this run's copy bandwidth, G the rate of its bfloat16 product of 8192-wide squares. A row's error is that of at
+most 1024 tokens against float64, with NaN in fresh memory, over the error of the body, which takes its statistics in
+float32 and rounds to bfloat16 ("error", at most 1.05); what is compiled from the body, or is our own in another way, is
+timed alone. Times are medians on inputs of 256 MB or more, or on four sets of them in turns; what takes less than 1 ms
+is replayed as a CUDA graph of 20 calls, so that the host counts nothing. Contenders take turns; "tie" where their
+rounds overlap the bar. Our own calls are also checked for host syncs, memory, the same bits again, and replays. Each
+row is written to --out as soon as it is there, the most telling ones first; what --seconds left no time for is "not
+measured", an absent peer "n/a". ``scripts/bench/h200_peers.sh`` fetches the peers. Not measured by any of these:
+overlap through symmetric memory, and more than one GPU (``tests/test_cuda.py`` runs two processes on one).
 """
 
 from __future__ import annotations
@@ -19,57 +23,89 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
+from statistics import geometric_mean, median
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
 from . import h200_peers
-from .h200_case import Case, Row, Size
-from .h200_measures import Clock, ceilings, errors, own_facts, timed
-from .h200_rows import rows
+from .h200_case import Beside, Call, Case, Row, Size
+from .h200_facts import own_facts, said, verdicts
+from .h200_measures import Clock, Timer, ceilings, errors, failed, rotated, timed
+from .h200_rows import GEOMEANS, rows
 
 ERROR_BAR = 1.05
 
 
 def measure(row: Row, size: Size, with_peers: bool, limits: Mapping[str, float], rounds: int) -> dict[str, Any]:
-    """One row as it is written: errors, times in ms, share of the ceiling, ratios to peers, verdicts."""
+    """One row as it is written: errors, times in ms, share of the ceiling, ratios to others, verdicts."""
     torch.manual_seed(0)
     small = row.build(size.checking())
-    wrong = errors(small, contenders(small, size, with_peers))
+    wrong = errors(small, checked_calls(small, size, with_peers))
+    del small
     case = row.build(size)
-    calls = contenders(case, size, with_peers)
-    runs = {name: timed(call, case) for name, call in calls.items() if not isinstance(wrong[name], str)}
-    result: dict[str, Any] = {"bar": row.bar, "row": row.name, "error": wrong}
-    result |= own_facts(runs["ours"], case, size.device)
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    calls = {name: call for name, call in checked_calls(case, size, with_peers).items() if name in wrong}
+    others = {name: Beside(call, case.leaves, case.mode) for name, call in calls.items() if name != "ours"}
+    if with_peers:
+        made = {name: make() for name, make in case.beside.items()}
+        others |= {name: other for name, other in made.items() if other is not None}
+    facts = own_facts(timed(case.ours, case.leaves, case.mode), case, size.device)
     clock = Clock(size.device)
-    for turn in range(rounds):
-        for name in list(runs)[:: 1 if turn % 2 else -1]:
-            times[name].append((clock.wall if case.wall else clock)(runs[name]))
+    timers = {"ours": clock.timer(rotated(case.ours, case.leaves, case.mode), case.wall)}
+    for name, other in others.items():
+        if isinstance(wrong.get(name), str):
+            continue
+        try:
+            timers[name] = clock.timer(rotated(other.call, other.leaves, other.mode), case.wall)
+        except Exception as error:
+            if size.dry:
+                raise
+            wrong[name] = failed(error)
+    times = in_turns(timers, rounds)
+    result: dict[str, Any] = {"bar": row.bar, "row": row.name, "error": wrong, **facts}
     result |= {"ms": {name: median(found) for name, found in times.items()}, "rounds ms": times}
+    result["timed by"] = {name: timer.how for name, timer in timers.items()}
     passed = not isinstance(wrong["ours"], str) and wrong["ours"] <= ERROR_BAR
-    checks = {"error": "pass" if passed else "miss"}
-    if size.dry:
-        return result | {"checks": checks}
-    for unit, work in case.work.items():
-        share = result[f"of {unit}"] = work / result["ms"]["ours"] / 1e9 / limits[unit]
-        if case.share is not None:
-            checks[f"{case.share:g} {unit}"] = "pass" if share >= case.share else "miss"
-    for name in case.peers if with_peers else ():
-        failed = wrong.get(name, "n/a")
-        checks[name] = versus(times["ours"], times[name], case.bars.get(name)) if name in times else str(failed)
-    return result | {"checks": checks}
+    result["checks"] = {"error": said(passed)} | verdicts(case, facts)
+    if not size.dry:
+        result["checks"] |= reached(case, result, limits, [*case.peers, *case.beside] if with_peers else [])
+    return result
 
 
-def contenders(case: Case, size: Size, with_peers: bool) -> dict[str, Callable[..., Any]]:
+def checked_calls(case: Case, size: Size, with_peers: bool) -> dict[str, Call]:
     """Ours and the peers that are there; in a dry run the body stands for each of them."""
     found = h200_peers.available(case.peers, case.body if size.dry else None) if with_peers else {}
-    return {"ours": case.ours} | {name: call for name, call in found.items() if call is not None}
+    return {"ours": case.ours} | found
+
+
+def in_turns(timers: Mapping[str, Timer], rounds: int) -> dict[str, list[float]]:
+    """The times of each contender in each round, every other round in reverse order."""
+    times: dict[str, list[float]] = {name: [] for name in timers}
+    for turn in range(rounds):
+        for name in list(timers)[:: -1 if turn % 2 else 1]:
+            times[name].append(timers[name].take())
+    return times
+
+
+def reached(case: Case, result: dict[str, Any], limits: Mapping[str, float], others: Iterable[str]) -> dict[str, str]:
+    """Verdicts on time; the shares of the ceilings and ratios to others are added to ``result``."""
+    checks: dict[str, str] = {}
+    ours, times = result["ms"]["ours"], result["rounds ms"]
+    for unit, work in case.work.items():
+        share = result[f"of {unit}"] = work / ours / 1e9 / limits[unit]
+        if case.share:
+            checks[f"{case.share:g} {unit}"] = said(share >= case.share)
+    if case.limit_ms is not None:
+        checks[f"<= {case.limit_ms:g} ms"] = said(ours <= case.limit_ms)
+    result["ratios"] = {name: found / ours for name, found in result["ms"].items() if name != "ours"}
+    for name in others:
+        absent = str(result["error"].get(name, "n/a"))
+        checks[name] = versus(times["ours"], times[name], case.bars.get(name)) if name in times else absent
+    return checks
 
 
 def versus(ours: Sequence[float], peer: Sequence[float], bar: float | None) -> str:
@@ -81,10 +117,25 @@ def versus(ours: Sequence[float], peer: Sequence[float], bar: float | None) -> s
     return f"{ratio} {'pass' if low >= bar else 'miss' if high < bar else 'tie'} (bar {bar:g})"
 
 
+def geomeans(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Verdicts on the rows of a bar together, as far as they were measured."""
+    found = []
+    for bar, bars in GEOMEANS.items():
+        checks = {}
+        for name, least in bars.items():
+            ratios = [e["ratios"][name] for e in entries if e["bar"] == bar and name in e.get("ratios", {})]
+            if ratios:
+                mean = geometric_mean(ratios)
+                checks[name] = f"{mean:.2f}x {said(mean >= least)} (bar {least:g}, {len(ratios)} rows)"
+        if checks:
+            found.append({"bar": bar, "row": "geometric means", "checks": checks})
+    return found
+
+
 def environment(device: str) -> dict[str, Any]:
     """What the numbers belong to."""
     found: dict[str, Any] = {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "device": device}
-    found["peers"] = {name: state is not None for name, state in h200_peers.libraries().items()}
+    found["peers"] = h200_peers.libraries()
     if device == "cuda":
         import triton
         from torch._inductor import config
@@ -105,34 +156,58 @@ def write(path: Path, entry: dict[str, Any]) -> None:
 
 def show(entry: dict[str, Any]) -> None:
     """The row in one line."""
-    if "ms" not in entry:
-        print(f"{entry['bar']:>3}  {entry['row']:44} {entry['result']}", flush=True)
-        return
+    took = f"{entry['ms']['ours']:9.4f} ms" if "ms" in entry else entry.get("result", "")
     shares = "".join(f" {entry[f'of {unit}']:6.1%} {unit}" for unit in "CG" if f"of {unit}" in entry)
-    verdicts = ", ".join(f"{name}: {verdict}" for name, verdict in entry["checks"].items())
-    print(f"{entry['bar']:>3}  {entry['row']:44} {entry['ms']['ours']:9.4f} ms{shares}  {verdicts}", flush=True)
+    checks = ", ".join(f"{name}: {verdict}" for name, verdict in entry.get("checks", {}).items())
+    print(f"{entry['bar']:>3}  {entry['row']:44} {took}{shares}  {checks}", flush=True)
 
 
 def run_rows(chosen: Iterable[Row], size: Size, options: argparse.Namespace, limits: Mapping[str, float]) -> None:
     """Measure until ``--seconds`` are over; a row that fails is reported and does not stop the others."""
     began, part = time.monotonic(), options.part
+    entries: list[dict[str, Any]] = []
     for row in chosen:
         entry: dict[str, Any] = {"bar": row.bar, "row": row.name}
         if time.monotonic() - began > options.seconds:
             entry["result"] = "not measured: no time left"
         else:
+            started = time.monotonic()
             try:
                 entry = measure(row, size, part != 1, limits, 1 if size.dry else options.rounds)
-            except h200_peers.Missing as missing:
-                entry["result"] = f"not measured: {missing}"
-            except (RuntimeError, ValueError, TypeError) as error:
+            except Exception as error:
                 if size.dry:
                     raise
-                entry["result"] = f"failed: {type(error).__name__}: {error}"[:300]
-        write(options.out, {"part": part} | entry)
-        show(entry)
+                entry["result"] = failed(error)
+            entry["seconds"] = round(time.monotonic() - started, 1)
+            torch.compiler.reset()  # whose limit of versions of one function counts all rows
+        entries.append(entry)
+        report(entry, options)
         if size.device == "cuda":
             torch.cuda.empty_cache()
+    for entry in geomeans(entries):
+        report(entry, options)
+
+
+def report(entry: dict[str, Any], options: argparse.Namespace) -> None:
+    """On paper and on the screen."""
+    write(options.out, {"part": options.part} | entry)
+    show(entry)
+
+
+@contextmanager
+def place(size: Size) -> Iterator[None]:
+    """Kernels where the rows need them: on a stream that can be captured, or in Triton's interpreter."""
+    if size.dry:
+        os.environ["TRITON_INTERPRET"] = "1"
+        from src.kernels import registry
+
+        with patch.object(registry, "DEVICES", ("cpu",)):
+            yield
+        return
+    from torch._functorch import config
+
+    with torch.cuda.stream(torch.cuda.Stream()), config.patch(donated_buffer=False):  # backward runs many times
+        yield
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -148,12 +223,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not options.dry and not torch.cuda.is_available():
         parser.error("found no GPU; --dry runs on a CPU")
     size = Size(dry=options.dry)
-    if options.dry:
-        os.environ["TRITON_INTERPRET"] = "1"
-    from src.kernels import registry
-
     parts = [options.part] if options.part else [2, 3] if options.dry else [1, 2, 3]
-    with patch.object(registry, "DEVICES", ("cpu",)) if options.dry else nullcontext():
+    with place(size):
         limits = ceilings(Clock(size.device), size.device)
         write(options.out, {"part": parts[0], "environment": environment(size.device), "ceilings": limits})
         dry = "a dry run: the times mean nothing"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -40,13 +41,28 @@ class Size:
         """Normal numbers in bfloat16, or on a CPU, where Triton's interpreter truncates those, in float32."""
         return torch.randn(shape, device=self.device).to(torch.float32 if self.dry else torch.bfloat16)
 
+    def compiled(self, call: Call) -> Call:
+        """``call`` by torch.compile for these shapes, in one graph; on a CPU traced, and not compiled."""
+        return torch.compile(call, dynamic=False, fullgraph=True, backend="eager" if self.dry else "inductor")
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What takes turns with ours to be timed, and is not held against the body."""
+
+    call: Call
+    leaves: Sequence[Tensor]
+    mode: Mode
+
 
 @dataclass(frozen=True)
 class Case:
-    """``ours`` and ``body``, the same in plain torch, of ``leaves``; ``work`` in bytes of C or operations of G.
+    """``ours`` and ``body``, the same in plain torch with its statistics in float32, of ``leaves``.
 
-    ``share`` of the ceiling and a peer's time over ours (``bars``) are what the row is to reach.
-    ``wall`` rows are timed on the host.
+    ``work`` in bytes of C or operations of G; ``share`` of that ceiling and the others' time over ours (``bars``) are
+    what the row is to reach, in at most ``limit_ms``. ``memory`` has the bytes that a call may need beyond what was
+    there, its results included. ``gap_us`` bounds the time between the kernels of a replayed graph. ``proofs`` are
+    checked once. ``wall`` rows are timed on the host; all have the same bits again unless ``repeatable`` is False.
     """
 
     ours: Call
@@ -56,8 +72,19 @@ class Case:
     work: Mapping[str, float]
     share: float | None = None
     peers: Peers = field(default_factory=dict)
+    beside: Mapping[str, Callable[[], Beside | None]] = field(default_factory=dict)
     bars: Mapping[str, float] = field(default_factory=dict)
+    limit_ms: float | None = None
+    memory: float | None = None
+    gap_us: float | None = None
+    proofs: Mapping[str, Callable[[], bool]] = field(default_factory=dict)
+    repeatable: bool = True
     wall: bool = False
+
+    def with_compiled(self, size: Size) -> Case:
+        """The same with the body by torch.compile beside it."""
+        call = self.body if size.dry else size.compiled(self.body)
+        return replace(self, beside={**self.beside, "compile": partial(Beside, call, self.leaves, self.mode)})
 
 
 @dataclass(frozen=True)

@@ -18,51 +18,58 @@ from . import peers
 
 FOLDER = Path(__file__).parents[2] / ".peers"
 Call = Callable[..., Any]
-# Single files, because the packages round them need what CUDA builds provide.
+# Single files, because the packages round them need what CUDA builds provide; the last one is the peer, the others
+# are imported by it.
 FILES = {
-    "flash-attn": "flash_attn/ops/triton/cross_entropy.py",
-    "TE": "transformer_engine/pytorch/triton/cross_entropy.py",
-    "mamba_ssm": "mamba_ssm/ops/triton/layernorm_gated.py",
+    "flash-attn": ["flash_attn/ops/triton/cross_entropy.py"],
+    "TE": ["transformer_engine/common/triton/cross_entropy.py", "transformer_engine/pytorch/triton/cross_entropy.py"],
+    "mamba_ssm": ["mamba_ssm/ops/triton/layernorm_gated.py"],
 }
-PACKAGES = {"Liger": "liger_kernel", "quack": "quack", "Megatron": "megatron.core"}
-
-
-class Missing(Exception):
-    """What a row needs and does not find."""
+PACKAGES = {"Liger": "liger_kernel", "quack": "quack.rmsnorm"}
 
 
 @cache
-def library(name: str) -> ModuleType | None:
-    """The module of a peer by the name that the table shows, None without it."""
+def imported(name: str) -> ModuleType | Exception:
+    """The module of a peer by the name that the table shows, or why there is none."""
     if FOLDER.is_dir() and str(FOLDER) not in sys.path:
         sys.path.append(str(FOLDER))
     try:
         if name in PACKAGES:
             return importlib.import_module(PACKAGES[name])
-        path = FOLDER / FILES[name]
-        spec = importlib.util.spec_from_file_location(path.stem + "_peer", path)
-        if spec is None or spec.loader is None or not path.exists():
-            return None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    except (ImportError, RuntimeError, OSError, AttributeError):
-        return None
+        return [load(FOLDER, file) for file in FILES[name]][-1]
+    except Exception as error:  # packages that find no GPU, driver or compiler raise all kinds
+        return error
 
 
-def libraries() -> dict[str, ModuleType | None]:
-    """All peers that are looked for."""
-    return {name: library(name) for name in (*PACKAGES, *FILES)}
+def library(name: str) -> ModuleType | None:
+    """The module of a peer, None without it."""
+    found = imported(name)
+    return None if isinstance(found, Exception) else found
 
 
-def available(makers: Mapping[str, Callable[[], Call | None]], stub: Call | None) -> dict[str, Call | None]:
-    """The calls of the peers that are there, None for the others; ``stub`` in place of all of them."""
-    return {name: make() if stub is None else stub for name, make in makers.items()}
+def load(folder: Path, file: str) -> ModuleType:
+    """The module in ``file``, under its own name, without the packages that it lies in."""
+    name = file.removesuffix(".py").replace("/", ".")
+    spec = importlib.util.spec_from_file_location(name, folder / file)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def compiled(call: Call) -> Callable[[], Call]:
-    """``call`` by torch.compile for these shapes."""
-    return lambda: torch.compile(call, dynamic=False, fullgraph=True)
+def libraries() -> dict[str, str]:
+    """All peers that are looked for: there, or why not."""
+    found = {name: imported(name) for name in (*PACKAGES, *FILES)}
+    return {
+        name: f"{type(state).__name__}: {state}" if isinstance(state, Exception) else "there"
+        for name, state in found.items()
+    }
+
+
+def available(makers: Mapping[str, Callable[[], Call | None]], stub: Call | None) -> dict[str, Call]:
+    """The calls of the peers that are there; ``stub`` in place of all of them."""
+    made = {name: make() if stub is None else stub for name, make in makers.items()}
+    return {name: call for name, call in made.items() if call is not None}
 
 
 def liger(path: str, name: str, use: Callable[[Any], Call]) -> Callable[[], Call | None]:
@@ -83,12 +90,10 @@ def quack_norm(eps: float) -> Callable[[], Call | None]:
     """``quack.rmsnorm``, of a sum where a residual is given."""
 
     def make() -> Call | None:
-        if library("quack") is None:
+        found = library("quack")
+        if found is None:
             return None
-        try:
-            norm = importlib.import_module("quack.rmsnorm").rmsnorm
-        except ImportError:
-            return None
+        norm = found.rmsnorm
 
         def call(x: Tensor, *rest: Tensor) -> Any:
             *residual, weight = rest
@@ -120,11 +125,11 @@ def liger_add_norm(eps: float) -> Callable[[], Call | None]:
     return liger("ops.fused_add_rms_norm", "LigerFusedAddRMSNormFunction", use)
 
 
-def liger_rope() -> Callable[[], Call | None]:
-    """On ``[b, s, heads, hd]``, as the others; Liger wants heads first."""
+def liger_rope(cos: Tensor, sin: Tensor) -> Callable[[], Call | None]:
+    """On ``[b, s, heads, hd]``, as the others; Liger wants heads first, and turns them in place where it can."""
 
     def use(f: Any) -> Call:
-        def call(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        def call(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
             a, b = f.apply(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
             return a.transpose(1, 2), b.transpose(1, 2)
 
@@ -134,7 +139,13 @@ def liger_rope() -> Callable[[], Call | None]:
 
 
 def liger_swiglu() -> Callable[[], Call | None]:
+    """Of two tensors, copied where they are halves of one; backward writes over them."""
     return liger("ops.swiglu", "LigerSiLUMulFunction", lambda f: f.apply)
+
+
+def liger_packed_swiglu() -> Callable[[], Call | None]:
+    """Of gate and up in one tensor, which gives its gradient in one tensor."""
+    return liger("ops.swiglu", "LigerFusedGateUpSiLUMulFunction", lambda f: lambda packed: f.apply(packed, False))
 
 
 def liger_cross_entropy(targets: Tensor) -> Callable[[], Call | None]:
@@ -164,7 +175,7 @@ def flash_cross_entropy(targets: Tensor, inplace: bool) -> Callable[[], Call | N
 
 
 def transformer_engine_cross_entropy(targets: Tensor) -> Callable[[], Call | None]:
-    """TE's two kernels; the first one writes the gradient over the logits, of which it gets a copy where they stay."""
+    """TE's kernels as its CrossEntropyFunction calls them; forward keeps a copy, which backward writes over."""
 
     def make() -> Call | None:
         found: Any = library("TE")
@@ -174,15 +185,15 @@ def transformer_engine_cross_entropy(targets: Tensor) -> Callable[[], Call | Non
         class Loss(torch.autograd.Function):
             @staticmethod
             def forward(ctx: Any, x: Tensor) -> Tensor:
-                loss, statistics = found.cross_entropy_forward(x[:, None], targets[:, None], 0.0, False, None, -100)
-                ctx.save_for_backward(x, statistics)
+                options = 0.0, False, None, -100, False
+                loss, *saved, _, _, _ = found.cross_entropy_forward(x[:, None], targets[:, None], *options)
+                ctx.save_for_backward(*saved)
                 return loss[:, 0]  # type: ignore[no-any-return]
 
             @staticmethod
             def backward(ctx: Any, grad: Tensor) -> Tensor:
-                x, statistics = ctx.saved_tensors
-                arguments = (targets[:, None], statistics, grad.contiguous(), 0.0, False, None)
-                return found.cross_entropy_backward(x.detach()[:, None], *arguments)[:, 0]  # type: ignore[no-any-return]
+                options = None, grad, 0.0, False, 0, 1, -100
+                return found.cross_entropy_backward(*ctx.saved_tensors, *options)[:, 0]  # type: ignore[no-any-return]
 
         return Loss.apply
 
