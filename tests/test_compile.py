@@ -8,11 +8,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
 
 from src import Group
 from src.checkpoint import sharded_state_dict
-from src.modeling import ModelArgs, Transformer, TransformerBlock, precompute_freqs_cis
+from src.modeling import (
+    ModelArgs,
+    Transformer,
+    TransformerBlock,
+    loss_terms,
+    precompute_freqs_cis,
+    vocab_parallel_cross_entropy,
+)
 from src.testing import Ranks
 from src.training import train_step
 
@@ -108,6 +115,34 @@ def test_a_compiled_model_trains(ranks: Ranks) -> None:
     for got, want in zip(on_gloo(train_model, "aot_eager"), on_gloo(train_model, None), strict=True):
         torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-5)
         assert got[1] == want[1]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_graph_of_a_cross_entropy_does_not_grow_with_its_tokens(
+    smoothing: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no graph is compiled, rows are taken in blocks."""
+    monkeypatch.setattr(loss_terms, "BLOCK_ELEMENTS", 64)
+    sizes = []
+    for tokens in (4, 40):
+        torch.compiler.reset()
+        generator = torch.Generator().manual_seed(0)
+        targets = torch.randint(50, (tokens,), generator=generator)
+        leaf = torch.randn(tokens, 51, generator=generator).bfloat16().requires_grad_()
+        graphs = EagerAndRecordGraphs()
+
+        def loss(x: Tensor, targets: Tensor = targets) -> Tensor:
+            options: dict[str, Any] = {"vocab_size": 50, "label_smoothing": smoothing, "z_loss": 0.1}
+            return vocab_parallel_cross_entropy(x, targets, group=None, **options)
+
+        got, want = (f(leaf) for f in (torch.compile(loss, fullgraph=True, dynamic=False, backend=graphs), loss))
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+        grads = [torch.autograd.grad(y, leaf)[0] for y in (got, want)]
+        torch.testing.assert_close(*grads, rtol=2**-7, atol=1e-6)
+        assert not grads[0][:, 50:].any()
+        modules = [module for graph in graphs.graphs for module in graph.modules() if hasattr(module, "graph")]
+        sizes.append(sum(len(module.graph.nodes) for module in modules))
+    assert sizes[0] == sizes[1]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, found none")

@@ -76,7 +76,9 @@ class Piece:
         return slice(self.start, self.start + self.valid)
 
     def blocks(self, num_rows: int) -> list[slice]:
-        """Runs of rows, cut the same way at every world size."""
+        """Runs of rows, cut the same way at every world size; all of them where torch.compile makes one pass of it."""
+        if torch.compiler.is_compiling():
+            return [slice(0, num_rows)]
         height = max(1, BLOCK_ELEMENTS // max(self.valid, 1))
         return [slice(i, min(i + height, num_rows)) for i in range(0, num_rows, height)]
 
@@ -103,8 +105,11 @@ def statistics(rows: Tensor, targets: Tensor, piece: Piece, criterion: Criterion
         x = rows[block, piece.columns].to(out.dtype)
         top = x.amax(-1)
         finite = x if _known(top > lowest) else x.clamp_min(lowest)
-        out[0, block] = top.clamp_min(lowest)
-        out[1, block] = torch.softmax(finite, -1).amax(-1).reciprocal()  # the largest is exp(0) over the sum
+        out[0, block] = top = top.clamp_min(lowest)
+        if torch.compiler.is_compiling():  # Inductor keeps no exponentials that are used once
+            out[1, block] = (finite - top[:, None]).exp().sum(-1)
+        else:
+            out[1, block] = torch.softmax(finite, -1).amax(-1).reciprocal()  # the largest is exp(0) over the sum
         out[2, block] = x.gather(-1, column[block, None]).squeeze(-1).masked_fill(~owned[block], 0)
         if with_sum:
             out[3, block] = (x - out[0, block, None]).sum(-1)
@@ -169,6 +174,7 @@ def write_gradients(
     grad = grad.masked_fill(~kept, 0)[:, None]
     slope_target, slope_all = criterion.slopes
     lowest = torch.finfo(top.dtype).min
+    compiling = torch.compiler.is_compiling()
     if kernel := lookup("cross_entropy_gradient", tensors[0], targets):
         by_lse = grad * (1 + 2 * criterion.z_loss * (top + log_sum))[:, None]
         vectors = (top, log_sum), (by_lse, slope_target * grad, slope_all * grad)
@@ -187,11 +193,15 @@ def write_gradients(
         for block in piece.blocks(len(rows)):
             place, x = out[block, piece.columns], rows[block, piece.columns].to(share.dtype)
             x = x if finite else x.clamp_min(lowest)
-            direct = place.dtype == x.dtype and not torch.compiler.is_compiling()
+            direct = place.dtype == x.dtype and not compiling
             softmax = torch.softmax(x, -1, out=place) if direct else torch.softmax(x, -1)
             slope = softmax.mul_(by_softmax[block])
             if slope_all:
                 slope.sub_(slope_all * grad[block])
-            slope.scatter_add_(-1, column[block, None], at_target[block])
+            if compiling:  # Inductor would keep all slopes in float32 for a scatter
+                here = torch.arange(piece.valid, device=rows.device) == column[block, None]
+                slope = slope + torch.where(here, at_target[block], 0)
+            else:
+                slope.scatter_add_(-1, column[block, None], at_target[block])
             if not direct:
                 place.copy_(slope)
