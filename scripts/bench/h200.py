@@ -210,8 +210,8 @@ def place(size: Size) -> Iterator[None]:
         yield
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Print the table of one part, and append its rows to ``--out``."""
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", type=int, choices=[1, 2, 3], default=None, help="(all three, one after the other)")
     parser.add_argument("--seconds", type=float, default=400, help="start no row of a part after them (%(default)s)")
@@ -219,9 +219,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/h200.jsonl"), help="(%(default)s)")
     parser.add_argument("--dry", action="store_true", help="on a CPU: tiny, kernels in Triton's interpreter")
     parser.add_argument("rows", nargs="*", help="words in the names of rows (all)")
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the table of one part, and append its rows to ``--out``."""
+    options = parsed(argv)
     if not options.dry and not torch.cuda.is_available():
-        parser.error("found no GPU; --dry runs on a CPU")
+        raise SystemExit("found no GPU; --dry runs on a CPU")
     size = Size(dry=options.dry)
     parts = [options.part] if options.part else [2, 3] if options.dry else [1, 2, 3]
     with place(size):

@@ -62,7 +62,7 @@ def equal(one: object, two: object) -> bool:
 def profiled(graph: torch.cuda.CUDAGraph) -> list[tuple[float, float]]:
     """When each kernel of a replay began and ended, in microseconds; a first replay starts the profiler."""
     for _ in range(2):
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
             graph.replay()
             torch.cuda.synchronize()
     events = [event for event in profiler.events() if event.device_type.name == "CUDA"]

@@ -113,7 +113,7 @@ def outputs(call: Call, leaves: Sequence[Tensor], mode: Mode) -> list[Tensor]:
     if mode == "fwd":
         return [y.detach() for y in ys]
     gradients = torch.autograd.grad(ys, fresh, [seeded(i, y) for i, y in enumerate(ys)])
-    return [y.detach() for y in ys] + list(gradients)
+    return [y.detach() for y in (*ys, *gradients)]
 
 
 def like(leaf: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ trap 'rm -rf "$scratch"' EXIT
 export MAMBA_SKIP_CUDA_BUILD=TRUE FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE
 download=("$python" -m pip download --quiet --disable-pip-version-check --no-deps --dest "$scratch")
 
-"${download[@]}" liger_kernel==0.8.5 quack_kernels==0.6.5 transformer_engine==2.9.0 einops==0.8.1
+"${download[@]}" liger_kernel==0.8.5 quack_kernels==0.6.5 transformer_engine==2.20.2 einops==0.8.1
 "${download[@]}" --no-build-isolation --no-binary :all: mamba-ssm==2.2.5 flash-attn==2.8.3
 rm -rf .peers
 mkdir .peers
