@@ -1,4 +1,6 @@
-"""The same bodies on GPUs: simulated ranks on one, and one NCCL rank on each. Skipped where there are none."""
+"""The same bodies on GPUs: simulated ranks and two gloo processes on one, and one NCCL rank on each. Skipped where there
+are none.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +21,7 @@ ARGS = ModelArgs(dim=64, n_layers=2, n_heads=8, vocab_size=100, multiple_of=32, 
 needs_gpu = pytest.mark.skipif(GPUS < 1, reason="needs a GPU, found none")
 PLACES = [
     *[pytest.param(("simulated", n), id=f"simulated-{n}", marks=needs_gpu) for n in (1, 2, 4)],
+    pytest.param(("gloo", 2), id="gloo-2", marks=needs_gpu),
     *[pytest.param(("nccl", n), id=f"nccl-{n}") for n in (2, 4)],
 ]
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scripts.bench import h200, h200_facts, h200_measures
+from scripts.bench import h200, h200_counters, h200_facts, h200_measures
 from scripts.bench.h200_case import Call, Case, Row, Size
 from scripts.bench.h200_rows import rows
 
@@ -135,6 +135,22 @@ def test_what_is_checked_on_a_gpu(name: str, pretended: Callable[[str], dict[str
     assert all(found["ratios"][other] == 1.0 for other in ("compile", "full row", "own fwd") if other in CHECKS[name])
 
 
+def test_a_peer_that_waits_for_the_gpu_is_compared_with_our_calls_from_the_host(
+    pretended: Callable[[str], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Short calls, of which those of the second contender cannot be replayed."""
+    waits = iter(["", "failed: a sync"])
+    monkeypatch.setattr(h200_measures, "SHORT_MS", 3.0)
+    monkeypatch.setattr(h200_measures, "host_sync", lambda call: next(waits))
+    found = pretended("embedding shard fwd")
+    assert found["timed by"] == {
+        "ours": "graph",
+        "Megatron's operations": "calls from the host",
+        "ours, from the host": "calls from the host",
+    }
+    assert found["ms"]["ours"] == 0.1 and found["ratios"] == {"Megatron's operations": 1.0}
+
+
 def test_the_host_row_on_a_gpu(pretended: Callable[[str], dict[str, Any]]) -> None:
     found = pretended("host time, norm 128 x 4096 fwd+bwd")
     assert set(found["checks"]) == OWN - {"captured"} | {"Liger", "F.rms_norm", "quack"}
@@ -165,7 +181,7 @@ def case(ours: Call, body: Call, *leaves: Tensor, **options: Any) -> Case:
 
 
 def test_verdicts_on_what_was_found_out() -> None:
-    facts = {"repeatable": False, "host syncs": "failed: a sync", "peak MiB": 3.0, "graph": "failed: x"}
+    facts = {"repeatable": False, "host sync": "failed: a sync", "peak MiB": 3.0, "graph": "failed: x"}
     options: dict[str, Any] = {"memory": 2.0 * 2**20, "gap_us": 3.0, "proofs": {"even": lambda: False}}
     found = h200_facts.verdicts(case(abs, abs, **options), facts | {"kernels": 3, "gaps us": [3.5, 0.1]})
     assert found.pop("captured") == "miss: failed: x" and set(found.values()) == {"miss"} and len(found) == 5
@@ -225,3 +241,39 @@ def test_rows_that_fail_are_reported_and_the_next_one_is_measured(
     options.seconds = -1
     h200.run_rows(chosen[:1], Pretended(dry=False), options, {})
     assert json.loads(out.read_text().splitlines()[-1])["result"] == "not measured: no time left"
+
+
+NCU = """==PROF== Connected to process 7
+"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","7","_forward","dram__bytes_read.sum","byte","1,000"
+"0","7","_forward","dram__bytes_write.sum","byte","500"
+"1","7","reduce, sum","launch__registers_per_thread","register/thread","32"
+"""
+
+
+def test_counters_of_the_worst_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert h200_counters.kernels(NCU) == [
+        {"kernel": "_forward", "read": 1000.0, "written": 500.0},
+        {"kernel": "reduce, sum", "registers": 32.0},
+    ]
+    shares = {"a": 0.9, "b": 0.2, "c": 0.5}
+    path = tmp_path / "rows.jsonl"
+    for name, share in [("b", 0.95), *shares.items()]:
+        h200.write(path, {"row": name, "of C": share, "work": {"C": 1000}})
+    tool = tmp_path / "ncu"
+    tool.write_text(f"#!/bin/sh\ncat <<'END'\n{NCU}END\n")
+    tool.chmod(0o755)
+    for found in (None, str(tool)):
+        monkeypatch.setattr("shutil.which", lambda name, found=found: found)
+        h200_counters.main([str(path), "--count", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [
+        f"{'b':44}  20.0% C  not measured: found no ncu",
+        f"{'c':44}  50.0% C  not measured: found no ncu",
+    ]
+    assert lines[2].startswith("b ") and lines[3].strip() == "_forward, read 1,000, written 500"
+    assert lines[5].strip() == "1.50 times the least bytes"
+    written = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["row"] for row in written[4:]] == ["b", "c", "b", "c"] and len(written[-1]["kernels"]) == 2

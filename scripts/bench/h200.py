@@ -10,10 +10,12 @@ C is this run's copy bandwidth, G the rate of its bfloat16 product of 8192-wide 
 most 1024 tokens against float64, with NaN in fresh memory, over the error of the body, which takes its statistics in
 float32 and rounds to bfloat16 ("error", at most 1.05); what is compiled from the body, or is our own in another way, is
 timed alone. Times are medians on inputs of 256 MB or more, or on four sets of them in turns; what takes less than 1 ms
-is replayed as a CUDA graph of 20 calls, so that the host counts nothing. Contenders take turns; "tie" where their
-rounds overlap the bar. Our own calls are also checked for host syncs, memory, the same bits again, and replays. Each
-row is written to --out as soon as it is there, the most telling ones first; what --seconds left no time for is "not
-measured", an absent peer "n/a". ``scripts/bench/h200_peers.sh`` fetches the peers. Not measured by any of these:
+is replayed as a CUDA graph of 20 calls, so that the host counts nothing, and a peer that cannot be is compared with our
+own calls from the host. Contenders take turns; "tie" where their rounds overlap the bar. Our own calls are also checked
+for host syncs, memory, the same bits again, and replays.
+
+Each row is written to --out as soon as it is there, the most telling ones first; what --seconds left no time for is
+"not measured", an absent peer "n/a". ``scripts/bench/h200_peers.sh`` fetches the peers. Not measured by any of these:
 overlap through symmetric memory, and more than one GPU (``tests/test_cuda.py`` runs two processes on one).
 """
 
@@ -35,10 +37,11 @@ import torch
 from . import h200_peers
 from .h200_case import Beside, Call, Case, Row, Size
 from .h200_facts import own_facts, said, verdicts
-from .h200_measures import Clock, Timer, ceilings, errors, failed, rotated, timed
+from .h200_measures import FROM_HOST, Clock, Timer, ceilings, errors, failed, rotated, timed
 from .h200_rows import GEOMEANS, rows
 
 ERROR_BAR = 1.05
+CALLED = "ours, from the host"
 
 
 def measure(row: Row, size: Size, with_peers: bool, limits: Mapping[str, float], rounds: int) -> dict[str, Any]:
@@ -48,25 +51,10 @@ def measure(row: Row, size: Size, with_peers: bool, limits: Mapping[str, float],
     wrong = errors(small, checked_calls(small, size, with_peers))
     del small
     case = row.build(size)
-    calls = {name: call for name, call in checked_calls(case, size, with_peers).items() if name in wrong}
-    others = {name: Beside(call, case.leaves, case.mode) for name, call in calls.items() if name != "ours"}
-    if with_peers:
-        made = {name: make() for name, make in case.beside.items()}
-        others |= {name: other for name, other in made.items() if other is not None}
     facts = own_facts(timed(case.ours, case.leaves, case.mode), case, size.device)
-    clock = Clock(size.device)
-    timers = {"ours": clock.timer(rotated(case.ours, case.leaves, case.mode), case.wall)}
-    for name, other in others.items():
-        if isinstance(wrong.get(name), str):
-            continue
-        try:
-            timers[name] = clock.timer(rotated(other.call, other.leaves, other.mode), case.wall)
-        except Exception as error:
-            if size.dry:
-                raise
-            wrong[name] = failed(error)
+    timers = contenders(case, size, with_peers, wrong)
     times = in_turns(timers, rounds)
-    result: dict[str, Any] = {"bar": row.bar, "row": row.name, "error": wrong, **facts}
+    result: dict[str, Any] = {"bar": row.bar, "row": row.name, "error": wrong, "work": dict(case.work), **facts}
     result |= {"ms": {name: median(found) for name, found in times.items()}, "rounds ms": times}
     result["timed by"] = {name: timer.how for name, timer in timers.items()}
     passed = not isinstance(wrong["ours"], str) and wrong["ours"] <= ERROR_BAR
@@ -74,6 +62,26 @@ def measure(row: Row, size: Size, with_peers: bool, limits: Mapping[str, float],
     if not size.dry:
         result["checks"] |= reached(case, result, limits, [*case.peers, *case.beside] if with_peers else [])
     return result
+
+
+def contenders(case: Case, size: Size, with_peers: bool, wrong: dict[str, float | str]) -> dict[str, Timer]:
+    """A timer for ours and for each of the others that did not fail; who fails here is added to ``wrong``."""
+    calls = checked_calls(case, size, with_peers)
+    made: dict[str, Beside | None] = {name: Beside(call, case.leaves, case.mode) for name, call in calls.items()}
+    made |= {name: make() for name, make in case.beside.items()} if with_peers else {}
+    clock, timers = Clock(size.device), {}
+    for name, call in made.items():
+        if call is None or isinstance(wrong.get(name), str):
+            continue
+        try:
+            timers[name] = clock.timer(rotated(call.call, call.leaves, call.mode), case.wall)
+        except Exception as error:
+            if size.dry or name == "ours":
+                raise
+            wrong[name] = failed(error)
+    if timers["ours"].how != FROM_HOST and any(timer.how == FROM_HOST for timer in timers.values()):
+        timers[CALLED] = clock.called(rotated(case.ours, case.leaves, case.mode))
+    return timers
 
 
 def checked_calls(case: Case, size: Size, with_peers: bool) -> dict[str, Call]:
@@ -101,10 +109,14 @@ def reached(case: Case, result: dict[str, Any], limits: Mapping[str, float], oth
             checks[f"{case.share:g} {unit}"] = said(share >= case.share)
     if case.limit_ms is not None:
         checks[f"<= {case.limit_ms:g} ms"] = said(ours <= case.limit_ms)
-    result["ratios"] = {name: found / ours for name, found in result["ms"].items() if name != "ours"}
+    result["ratios"] = {}
     for name in others:
-        absent = str(result["error"].get(name, "n/a"))
-        checks[name] = versus(times["ours"], times[name], case.bars.get(name)) if name in times else absent
+        if name not in times:
+            checks[name] = str(result["error"].get(name, "n/a"))
+            continue
+        alike = CALLED if result["timed by"][name] == FROM_HOST and CALLED in times else "ours"
+        result["ratios"][name] = median(times[name]) / median(times[alike])
+        checks[name] = versus(times[alike], times[name], case.bars.get(name))
     return checks
 
 

@@ -16,6 +16,7 @@ SHORT_MS = 1.0
 CALLS = 20
 COLD = 2**28
 NOISE = 5e-7
+FROM_HOST = "calls from the host"
 Run = Callable[[], object]
 
 
@@ -34,19 +35,25 @@ class Clock:
         self.on_gpu = device == "cuda"
 
     def timer(self, call: Run, wall: bool = False) -> Timer:
-        """Calls one after the other, or, where the host may be the slower one, replays of them as a CUDA graph."""
+        """Replays of a CUDA graph where the host may be slower than a GPU; a call that waits for it has no graph."""
         if wall:
             return Timer("host", lambda: self._wall(call))
         if not self.on_gpu:
             return Timer("once", lambda: once(call))
         if bench(call, warmup=10, rep=20) > SHORT_MS:
             return Timer("calls", lambda: bench(call))
+        if host_sync(call):
+            return self.called(call)
         try:
             graph = captured([call] * CALLS)
-        except RuntimeError:  # not every peer can be captured
+        except RuntimeError:
             torch.cuda.synchronize()
-            return Timer("calls, not captured", lambda: bench(call))
+            return self.called(call)
         return Timer("graph", lambda: bench(graph.replay) / CALLS)
+
+    def called(self, call: Run) -> Timer:
+        """Short calls from the host, whatever that takes."""
+        return Timer(FROM_HOST, lambda: bench(call))
 
     def _wall(self, call: Run) -> float:
         """Of the host: many calls, one synchronization."""
@@ -78,13 +85,25 @@ def bench(call: Run, warmup: int = 25, rep: int = 100) -> float:
     return float(do_bench(call, warmup=warmup, rep=rep, return_mode="median"))
 
 
+def host_sync(call: Run) -> str:
+    """How a call waits for the GPU; empty if it does not."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError as error:
+        return failed(error)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return ""
+
+
 def captured(calls: Sequence[Run], results: list[object] | None = None) -> torch.cuda.CUDAGraph:
     """The calls as one graph, and their ``results``, which each replay writes again.
 
     It is captured on the current stream, where backward runs the kernels of a forward that ran there before.
     """
-    for call in calls[:1]:
-        call()
+    calls[0]()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         for call in calls:
