@@ -1,6 +1,4 @@
-"""The same bodies on GPUs: simulated ranks and two gloo processes on one, and one NCCL rank on each. Skipped where there
-are none.
-"""
+"""The same bodies on GPUs: simulated ranks and gloo processes on one, and one NCCL rank on each. Skipped without any."""
 
 from __future__ import annotations
 

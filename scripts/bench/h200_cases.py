@@ -87,7 +87,7 @@ def group_norm(size: Size, tokens: int, group: int, bars: Bars) -> Case:
 def cross_entropy(size: Size, columns: int, mode: Mode, share: float, bars: Bars, over_logits: bool = False) -> Case:
     """2nV bytes forward, 4nV backward, for any gradient per token; one rank's shard, with nobody to talk to.
 
-    With ``over_logits`` backward writes over what it was given.
+    With ``over_logits`` backward writes over them.
     """
     n, v = size.tokens(8192), size.width(columns)
     targets = torch.randint(0, v, (n,), device=size.device)
@@ -106,6 +106,7 @@ def cross_entropy(size: Size, columns: int, mode: Mode, share: float, bars: Bars
     gradient = 0 if over_logits or mode == "fwd" else logits.nbytes
     case = Case(ours, body, [logits], mode, {"C": (2 if mode == "fwd" else 6) * n * v}, share, others, bars=bars)
     case = replace(case, memory=gradient + PER_TOKEN * n, proofs={"1 collective": one_collective})
+    case = replace(case, repeatable=not over_logits)  # of which a second call finds the gradient of the first
     return case.with_compiled(size) if mode == "fwd" else case
 
 
