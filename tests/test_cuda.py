@@ -1,4 +1,4 @@
-"""The same bodies on GPUs: simulated ranks and gloo processes on one, and one NCCL rank on each. Skipped without any."""
+"""The same bodies on GPUs: simulated ranks and gloo processes on one, and one NCCL rank on each. Skipped without."""
 
 from __future__ import annotations
 

@@ -135,6 +135,21 @@ def test_what_is_checked_on_a_gpu(name: str, pretended: Callable[[str], dict[str
     assert all(found["ratios"][other] == 1.0 for other in ("compile", "full row", "own fwd") if other in CHECKS[name])
 
 
+def test_verdicts_on_a_gpu_whose_every_call_takes_2_ms(pretended: Callable[[str], dict[str, Any]]) -> None:
+    head = pretended("head and loss 128256 fwd+bwd")["checks"]
+    assert head["<= 18.3 ms"] == "pass" and head["recomputed in blocks"] == "1.00x"
+    assert head["memory <= 0.0 MiB"] == "miss"  # of which each look at the memory finds one more MiB
+    head = pretended("head and loss 16384 fwd+bwd")
+    assert head["checks"]["recomputed in blocks"] == "1.00x miss (bar 1.25)" and head["checks"]["0.9 G"] == "pass"
+    assert head["of G"] == pytest.approx(6 * 4 * 64 * 64 / 2e-3 / 1e12 / 1e-6)
+    groups = pretended("norm 8192 groups of 64 fwd+bwd")["checks"]
+    assert groups["full row"] == "1.00x pass (bar 0.93)" and groups["compile"] == "1.00x miss (bar 1.5)"
+    turns = pretended("rotation packed bwd")["checks"]
+    assert turns["own fwd"] == "1.00x pass (bar 0.97)"
+    traced = pretended("compiled: swiglu 14336 fwd+bwd")["checks"]
+    assert traced["eager"] == "1.00x pass (bar 0.97)"
+
+
 def test_a_peer_that_waits_for_the_gpu_is_compared_with_our_calls_from_the_host(
     pretended: Callable[[str], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
