@@ -38,7 +38,7 @@ def test_all_rows_of_a_dry_run(tmp_path: Path) -> None:
     for row in found:
         assert set(row["checks"].values()) == {"pass"}, row
         others = set(row["ms"]) - {"ours"}
-        assert row["bar"] == 10 or "tp" in row["row"] or others, row
+        assert row["bar"] in (9, 10) or "tp" in row["row"] or others, row
 
 
 def test_every_bar_has_a_row() -> None:
@@ -117,7 +117,8 @@ CHECKS = {
     "head and loss 16384 fwd+bwd": {
         *("0.9 G", "memory <= 0.0 MiB", "Liger", "recomputed in blocks", "apart", "plain torch")
     },
-    "swiglu 3584 packed bwd": {"0.93 C", "Liger", "compile"},
+    "swiglu 3584 packed bwd": {"0.93 C", "Liger"},
+    "swiglu 3584 packed fwd+bwd": {"Liger", "compile"},
     "swiglu 3584 apart bwd": {"Liger"},
     "block of 8B at tp 1 fwd+bwd": {"gaps <= 3 us"},
     "compiled: block of 8B at tp 1 fwd+bwd": {"plain", "eager"},

@@ -6,6 +6,7 @@
     python -m scripts.bench.h200_counters runs/h200.jsonl          hardware counters of the worst rows, by ncu
     python -m scripts.bench.h200 --dry                             all rows on a CPU, tiny, peers replaced by the body
 
+The second part compiles some 30 functions for torch.compile: where a call may take 10 minutes, ``--seconds 540``.
 C is this run's copy bandwidth, G the rate of its bfloat16 product of 8192-wide squares. A row's error is that of at
 most 1024 tokens against float64, with NaN in fresh memory, over the error of the body, which takes its statistics in
 float32 and rounds to bfloat16 ("error", at most 1.05); what is compiled from the body, or is our own in another way, is
@@ -24,6 +25,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
+import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -154,7 +157,16 @@ def environment(device: str) -> dict[str, Any]:
 
         found |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "triton": triton.__version__}
         found["mix_order_reduction"] = getattr(config.triton, "mix_order_reduction", None)
+        found["driver and clocks"] = clocks(shutil.which("nvidia-smi"))
     return found
+
+
+def clocks(tool: str | None) -> str | None:
+    """The driver, and the clocks of processors and memory, as nvidia-smi tells them."""
+    if tool is None:
+        return None
+    query = [tool, "--query-gpu=driver_version,clocks.sm,clocks.mem", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True).stdout.strip()
 
 
 def write(path: Path, entry: dict[str, Any]) -> None:

@@ -62,7 +62,7 @@ def add_norm(size: Size, tokens: int, h: int, mode: Mode, share: float | None, b
     leaves = [size.drawn(n, h), size.drawn(n, h), size.drawn(h)]
     work = {"C": (16 if mode == "fwd+bwd" else 8) * n * h}
     case = Case(lambda x, r, w: fn.add_rms_norm(x, r, w, EPS), body, leaves, mode, work, share, others, bars=bars)
-    return case.with_compiled(size)
+    return case.with_compiled(size) if "compile" in bars else case
 
 
 def group_norm(size: Size, tokens: int, group: int, bars: Bars) -> Case:
@@ -235,7 +235,8 @@ def swiglu(size: Size, f: int, layout: str, mode: Mode, share: float | None, bar
     case = Case(fn.swiglu, body, [gate, up], mode, work, share, bars=bars)
     if layout == "apart":
         return replace(case, peers={"Liger": peers.liger_swiglu()})
-    return replace(case, beside={"Liger": packed}).with_compiled(size)
+    case = replace(case, beside={"Liger": packed})
+    return case.with_compiled(size) if "compile" in bars else case
 
 
 def under_compile(size: Size, build: Callable[[Size], Case]) -> Case:

@@ -178,7 +178,7 @@ def errors(case: Case, calls: Mapping[str, Call]) -> dict[str, float | str]:
 
 
 def failed(error: Exception) -> str:
-    return f"failed: {type(error).__name__}: {error}"[:300]
+    return " ".join(f"failed: {type(error).__name__}: {error}".split())[:300]
 
 
 def distance(got: Tensor, want: Tensor) -> float:
