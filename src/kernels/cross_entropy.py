@@ -12,6 +12,7 @@ from torch import Tensor
 from .launch import DTYPES, aligned, launch, warps
 
 BLOCK = 4096
+TOKENS = 256
 
 
 class Piece(Protocol):
@@ -21,6 +22,19 @@ class Piece(Protocol):
     start: int
     stop: int
     valid: int
+
+
+class Criterion(Protocol):
+    """What is asked of a cross-entropy; the slopes are those of a token's loss in its target's and in every logit."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def ignore_index(self) -> int: ...
+    @property
+    def z_loss(self) -> float: ...
+    @property
+    def slopes(self) -> tuple[float, float]: ...
 
 
 def supports(rows: Tensor, targets: Tensor) -> bool:
@@ -34,7 +48,8 @@ def cross_entropy_statistics(rows: Tensor, targets: Tensor, piece: Piece, with_s
     Maximum, sum of exponentials below it, target logit (0 if it lies elsewhere), sum of the logits below the maximum.
     Each row belongs to one program: its numbers do not depend on the other rows.
     """
-    out = rows.new_zeros(4 if with_sum else 3, len(rows), dtype=torch.float32)
+    new = rows.new_empty if piece.valid else rows.new_zeros
+    out = new(4 if with_sum else 3, len(rows), dtype=torch.float32)
     if piece.valid:
         vector = 16 // rows.element_size()
         settings = {"VALID": piece.valid, "LANES": BLOCK // vector, "VECTOR": vector, "WITH_SUM": with_sum}
@@ -44,25 +59,44 @@ def cross_entropy_statistics(rows: Tensor, targets: Tensor, piece: Piece, with_s
     return out
 
 
+def cross_entropy_losses(
+    statistics: Tensor, targets: Tensor, width: int, criterion: Criterion
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics ``[V, 3 or 4, n]`` of all logical shards -> losses, maximum and log of the sum below it, ``[n]`` each.
+
+    Shards are summed in their order, the same way on every rank.
+    """
+    size = len(targets)
+    loss, top, log_sum = statistics.new_empty(3, size).unbind(0)
+    settings = {"SHARDS": triton.cdiv(criterion.vocab_size, width), "KINDS": statistics.shape[1], "TOKENS": TOKENS}
+    arguments = (statistics, targets, loss, top, log_sum, size, width, *_options(criterion))
+    launch(_losses, (triton.cdiv(size, TOKENS),), *arguments, **settings, num_warps=2)
+    return loss, top, log_sum
+
+
 def cross_entropy_gradient(
     out: Tensor,
     rows: Tensor,
     targets: Tensor,
     piece: Piece,
     statistics: tuple[Tensor, Tensor],
-    slopes: tuple[Tensor, Tensor, Tensor],
+    grad: Tensor,
+    criterion: Criterion,
 ) -> None:
     """Write the columns of ``piece`` of the gradient ``out [n, columns]``; those that pad the vocabulary become 0.
 
-    ``statistics [n]``: maximum and log of the sum below it. ``slopes [n]``: of the softmax, of the target's logit and
-    of every logit.
+    ``statistics [n]``: maximum and log of the sum below it. ``grad [n]``: that of the losses.
     """
     width, shard, shards = _layout(rows, piece)
     settings = {"WIDTH": width, "VALID": piece.valid, "BLOCK": BLOCK}
-    vectors = [vector.contiguous() for vector in (*statistics, *slopes)]
+    vectors = [vector.contiguous() for vector in (*statistics, grad)]
     grid = (len(rows), triton.cdiv(width, BLOCK))
-    places = (shard, shards, piece.first)
-    launch(_gradient, grid, rows, out, targets, *vectors, *places, **settings, num_warps=warps(BLOCK))
+    arguments = (*vectors, *_options(criterion)[1:], shard, shards, piece.first)
+    launch(_gradient, grid, rows, out, targets, *arguments, **settings, num_warps=warps(BLOCK))
+
+
+def _options(criterion: Criterion) -> tuple[int, int, float, float, float]:
+    return criterion.vocab_size, criterion.ignore_index, *criterion.slopes, criterion.z_loss
 
 
 def _layout(rows: Tensor, piece: Piece) -> tuple[int, int, int]:
@@ -122,16 +156,65 @@ def _statistics(
         tl.store(out + 3 * rows + row, tl.sum(sums, 0))
 
 
-@triton.jit(do_not_specialize=["shard", "shards", "first"])
+@triton.jit(do_not_specialize=["vocab_size", "ignored"])
+def _losses(
+    statistics,
+    targets,
+    loss,
+    top_out,
+    log_out,
+    size,
+    width,
+    vocab_size,
+    ignored,
+    by_target,
+    by_all,
+    z_loss,
+    SHARDS: tl.constexpr,
+    KINDS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    mask = token < size
+    statistics += token
+    top = tl.load(statistics, mask, 0.0)
+    for shard in tl.static_range(1, SHARDS):
+        top = tl.maximum(top, tl.load(statistics + shard * KINDS * size, mask, 0.0))
+    exps = tl.zeros([TOKENS], tl.float32)
+    logit = tl.zeros([TOKENS], tl.float32)
+    below = tl.zeros([TOKENS], tl.float32)
+    for shard in tl.static_range(0, SHARDS):
+        at = statistics + shard * KINDS * size
+        shift = tl.load(at, mask, 0.0) - top
+        exps += tl.load(at + size, mask, 1.0) * tl.exp(shift)
+        logit += tl.load(at + 2 * size, mask, 0.0)
+        if KINDS == 4:
+            below += tl.load(at + 3 * size, mask, 0.0) + shift * tl.minimum(width, vocab_size - shard * width)
+    log_sum = tl.log(exps)
+    lse = top + log_sum
+    total = log_sum - by_target * (logit - top)
+    if KINDS == 4:
+        total -= by_all * below
+    if z_loss != 0:
+        total += z_loss * lse * lse
+    kept = tl.load(targets + token, mask, 0) != ignored
+    tl.store(loss + token, tl.where(kept, total, 0.0), mask)
+    tl.store(top_out + token, top, mask)
+    tl.store(log_out + token, log_sum, mask)
+
+
+@triton.jit(do_not_specialize=["ignored", "shard", "shards", "first"])
 def _gradient(
     logits,
     out,
     targets,
     top,
     log_sum,
-    by_softmax,
+    grad,
+    ignored,
     by_target,
     by_all,
+    z_loss,
     shard,
     shards,
     first,
@@ -143,8 +226,10 @@ def _gradient(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     place = (row * shards + shard) * WIDTH + column
     x = tl.load(logits + place, column < VALID, 0.0).to(tl.float32)
-    softmax = tl.exp(x - tl.load(top + row) - tl.load(log_sum + row))
-    slope = softmax * tl.load(by_softmax + row) - tl.load(by_all + row)
-    slope = tl.where(column == tl.load(targets + row) - first, slope - tl.load(by_target + row), slope)
+    highest, below, target = tl.load(top + row), tl.load(log_sum + row), tl.load(targets + row)
+    pulled = tl.where(target == ignored, 0.0, tl.load(grad + row))
+    softmax = tl.exp(x - highest - below)
+    slope = softmax * (pulled * (1 + 2 * z_loss * (highest + below))) - pulled * by_all
+    slope = tl.where(column == target - first, slope - pulled * by_target, slope)
     slope = tl.where(column < VALID, slope, 0.0)
     tl.store(out + place, slope.to(out.dtype.element_ty), column < WIDTH)

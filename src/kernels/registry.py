@@ -26,6 +26,7 @@ _TRITON = {
     "swiglu": "swiglu",
     "shard_embedding": "embedding",
     "cross_entropy_statistics": "cross_entropy",
+    "cross_entropy_losses": "cross_entropy",
     "cross_entropy_gradient": "cross_entropy",
 }
 _CPU = {

@@ -173,14 +173,14 @@ def _gradients(
     plan: _Plan,
 ) -> tuple[Tensor | None, ...]:
     """Those of rows, weight and bias of logical shard ``number`` of this rank, as far as they are ``wanted``."""
-    piece, (x, weight, bias), (shares, *vectors) = plan.pieces[number], operands, saved
+    piece, (x, weight, bias), (local, *vectors) = plan.pieces[number], operands, saved
     narrow, narrow_bias = plan.cast(weight, bias)
     x_grad = empty_like(x) if wanted[0] else None
     weight_grad = torch.zeros_like(weight, dtype=wide(weight.dtype)) if wanted[1] else None
     bias_grad = torch.zeros_like(bias, dtype=wide(bias.dtype)) if bias is not None and wanted[2] else None
     for block in plan.blocks:
         part = x[block].to(plan.dtype)
-        terms = [shares[number : number + 1, block], *(vector[block] for vector in vectors)]
+        terms = [local[number : number + 1, :, block], *(vector[block] for vector in vectors)]
         slope = linear(part, narrow, narrow_bias)
         write_gradients([slope], [slope], [piece], terms, grad[block], plan.criterion)
         if x_grad is not None:

@@ -121,21 +121,23 @@ def token_losses(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Statistics ``[pieces, k, n]`` -> losses ``[n]``, and what the gradient needs. The only collective.
 
-    That is ``shares [pieces, n]``, which turn a softmax within a piece into the slope of the loss by log-sum-exp, and
-    ``[n]`` each maximum, log of the sum below it, targets, and whether they count.
+    That is the statistics of this rank, and ``[n]`` each maximum, log of the sum below it, targets, and whether they
+    count.
     """
+    gathered, kept = all_gather(local, group=group), targets != criterion.ignore_index
+    if kernel := lookup("cross_entropy_losses", gathered, targets):
+        per_token, top, log_sum = kernel(gathered, targets, width, criterion)
+        return per_token, (local, top, log_sum, targets, kept)
     vocab_size, z_loss = criterion.vocab_size, criterion.z_loss
     by_target, by_all = criterion.slopes
     real = [n for n in (valid_size(vocab_size, j, width) for j in range(group.num_shards)) if n]
-    top, log_sum, target_logit, *sums = _combine(all_gather(local, group=group), real)
+    top, log_sum, target_logit, *sums = _combine(gathered, real)
     per_token = log_sum - by_target * (target_logit - top)
     if sums:
         per_token -= by_all * sums[0]
     if z_loss:
         per_token += z_loss * (top + log_sum).square()
-    kept = targets != criterion.ignore_index
-    shares = local[:, 1] * (local[:, 0] - top - log_sum).exp() * (1 + 2 * z_loss * (top + log_sum))
-    return per_token.masked_fill(~kept, 0), (shares, top, log_sum, targets, kept)
+    return per_token.masked_fill(~kept, 0), (local, top, log_sum, targets, kept)
 
 
 def _known(rows: Tensor) -> bool:
@@ -170,17 +172,18 @@ def write_gradients(
 
     ``grad [n]`` is that of the losses, ``saved`` comes from ``token_losses``.
     """
-    shares, top, log_sum, targets, kept = saved
+    local, top, log_sum, targets, kept = saved
+    if kernel := lookup("cross_entropy_gradient", tensors[0], targets):
+        for piece in pieces:
+            kernel(outs[piece.tensor], tensors[piece.tensor], targets, piece, (top, log_sum), grad, criterion)
+        return
     grad = grad.masked_fill(~kept, 0)[:, None]
     slope_target, slope_all = criterion.slopes
     lowest = torch.finfo(top.dtype).min
     compiling = torch.compiler.is_compiling()
-    if kernel := lookup("cross_entropy_gradient", tensors[0], targets):
-        by_lse = grad * (1 + 2 * criterion.z_loss * (top + log_sum))[:, None]
-        vectors = (top, log_sum), (by_lse, slope_target * grad, slope_all * grad)
-        for piece in pieces:
-            kernel(outs[piece.tensor], tensors[piece.tensor], targets, piece, *vectors)
-        return
+    lse = top + log_sum
+    # What turns a softmax within a piece into the slope of the loss by log-sum-exp.
+    shares = local[:, 1] * (local[:, 0] - top - log_sum).exp() * (1 + 2 * criterion.z_loss * lse)
     for piece, share in zip(pieces, shares, strict=True):
         out, rows = outs[piece.tensor], tensors[piece.tensor]
         out[:, piece.columns.stop : piece.stop] = 0
