@@ -294,9 +294,10 @@ def test_cross_entropy(
 
 @pytest.mark.parametrize("num_shards", [1, 2, 4])
 def test_cross_entropy_of_a_shard_among_others(num_shards: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last of four has no real columns, one of two a few; tokens fill more than one program."""
+    """The last of four has no real columns, one of two a few, the first far larger ones; tokens fill two programs."""
     monkeypatch.setattr(cross_entropy, "TOKENS", 2)
     logits, targets = numbers(0, 3, 76), torch.tensor([1, 40, 49], device=DEVICE)
+    logits[0, :19] += 200
 
     def f(logits: Tensor) -> Tensor:
         options: dict[str, Any] = {"vocab_size": 50, "label_smoothing": 0.1, "z_loss": 0.01, "reduction": "none"}
