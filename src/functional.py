@@ -31,8 +31,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """In which products are taken under autocast; None where it is not active, or not made for ``device``."""
-    active = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    """In which products are taken under autocast; None where it is not active."""
+    active = device.type != "meta" and torch.is_autocast_enabled(device.type)
     return torch.get_autocast_dtype(device.type) if active else None
 
 

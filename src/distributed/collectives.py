@@ -33,7 +33,8 @@ def all_reduce(tensor: Tensor, *, group: Group, op: dist.ReduceOp.RedOpType = di
     if group.world_size == 1:
         return tensor
     others = group.world_size - 1
-    by_tree = op == dist.ReduceOp.SUM and group.reduce_order == "tree"
+    sums = op is dist.ReduceOp.SUM or op == dist.ReduceOp.SUM  # torch 2.11 traces the first one only
+    by_tree = sums and group.reduce_order == "tree"
     gathers = by_tree and tensor.nbytes <= GATHER_BYTES
     record("all_reduce", tensor, group.world_size, 1.0 * others if gathers else 2.0 * others / group.world_size)
     shared = _shared("all_reduce", tensor, group, shared_collectives.all_reduce, tensor, op, by_tree)
@@ -43,7 +44,7 @@ def all_reduce(tensor: Tensor, *, group: Group, op: dist.ReduceOp.RedOpType = di
         return _tree_all_reduce(tensor, group)
     out = tensor.clone(memory_format=torch.contiguous_format)
     _call("all_reduce", tensor, group, dist.all_reduce, out, op=op)
-    return out
+    return _traceable(out)
 
 
 def all_gather(tensor: Tensor, *, group: Group, dim: int = 0) -> Tensor:
@@ -72,7 +73,7 @@ def reduce_scatter(tensor: Tensor, *, group: Group, dim: int = 0) -> Tensor:
         return tree_sum(_exchange(slices, group).unbind(0))
     out = torch.empty_like(slices[0])
     _call("reduce_scatter", tensor, group, _reduce_scatter_flat, out.view(-1), slices.view(-1))
-    return out
+    return _traceable(out)
 
 
 def start_all_reduce(tensor: Tensor, *, group: Group) -> Callable[[], Tensor]:
@@ -135,7 +136,7 @@ def broadcast(tensor: Tensor, *, group: Group, src: int = 0) -> Tensor:
         return shared
     out = tensor.clone(memory_format=torch.contiguous_format)
     _call("broadcast", tensor, group, dist.broadcast, out, group_src=src)
-    return out
+    return _traceable(out)
 
 
 def barrier(group: Group) -> None:
@@ -156,6 +157,11 @@ def _call(name: str, tensor: Tensor, group: Group, function: Callable[..., Any],
         if names_faults(group.pg):
             raise
         raise explain(error, f"{name}({', '.join(specs([tensor]))})", group) from error
+
+
+def _traceable(out: Tensor) -> Tensor:
+    """``out``, written in place: when a compiled autograd.Function returns it itself, torch 2.11 loses the gradient."""
+    return out.view(out.shape) if torch.compiler.is_compiling() else out
 
 
 DOOR = _call.__code__

@@ -221,5 +221,5 @@ def _canonical(x: Tensor) -> Tensor:
     A compiled graph has neither addresses nor promised bits.
     """
     if torch.compiler.is_compiling():
-        return x.contiguous()
+        return x.contiguous().view(x.shape)  # an object of its own, which torch 2.11 tells outputs by
     return x if x.is_contiguous() and x.data_ptr() % 64 == 0 else x.clone(memory_format=torch.contiguous_format)
