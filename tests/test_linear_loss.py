@@ -222,11 +222,33 @@ def test_blocks_are_summed_in_float32() -> None:
     hidden, weight, *_ = inputs(torch.bfloat16)
     x, targets, grads = hidden[:1, :1].expand(1, 600, -1), torch.zeros(1, 600, dtype=torch.int64), []
     for block_tokens in (None, 1):
-        w = weight.clone().requires_grad_()
-        options: dict[str, Any] = {"group": None, "reduction": "sum", "block_tokens": block_tokens}
+        w, b = weight.clone().requires_grad_(), torch.zeros_like(weight[:, 0], requires_grad=True)
+        options: dict[str, Any] = {"group": None, "bias": b, "reduction": "sum", "block_tokens": block_tokens}
         vocab_parallel_linear_cross_entropy(x, w, targets, **options).backward()
-        grads.append(w.grad)
+        grads.append((w.grad, b.grad))
     torch.testing.assert_close(*grads, rtol=2e-2, atol=0)  # in bfloat16 a sum of equal terms ends at the 256th
+
+
+def test_gradients_of_weights_are_added_where_they_are() -> None:
+    hidden, targets = torch.ones(16, 256), torch.zeros(16, dtype=torch.int64)
+    weight = torch.ones(128, 256, requires_grad=True)
+
+    def call() -> None:
+        vocab_parallel_linear_cross_entropy(hidden, weight, targets, group=None, block_tokens=4).backward()
+
+    call()
+    assert weight.nbytes <= peak(call) < 1.5 * weight.nbytes
+
+
+def test_int32_targets() -> None:
+    hidden, weight, _, targets, _ = inputs()
+    for block_tokens in (None, 4):
+        grads = []
+        for ids in (targets, targets.int()):
+            x = hidden.clone().requires_grad_()
+            vocab_parallel_linear_cross_entropy(x, weight, ids, group=None, block_tokens=block_tokens).backward()
+            grads.append(x.grad)
+        assert torch.equal(*grads)
 
 
 def test_a_second_backward() -> None:
@@ -235,10 +257,11 @@ def test_a_second_backward() -> None:
     blocked = vocab_parallel_linear_cross_entropy(x, weight, targets, group=None, block_tokens=4)
     first, second = (torch.autograd.grad(blocked, x, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
-    loss = vocab_parallel_linear_cross_entropy(x, weight, targets, group=None)
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="a second backward"):
-        loss.backward()
+    for block_tokens in (None, targets.numel()):  # a single block is no other way
+        loss = vocab_parallel_linear_cross_entropy(x, weight, targets, group=None, block_tokens=block_tokens)
+        loss.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="a second backward"):
+            loss.backward()
 
 
 def test_backward_inside_autocast() -> None:
