@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from src import Group, Ledger, SimulationError, simulate
+from src import Group, Heads, Ledger, SimulationError, parallelize, simulate
 from src.distributed import (
     all_reduce,
     barrier,
@@ -98,6 +98,14 @@ def events_of_column(group: Group, layers: int, sequence_parallel: bool) -> list
     return in_order(ledger)
 
 
+def events_of_parallelized(group: Group, style: str) -> list[Any]:
+    model = parallelize(nn.Sequential(nn.Linear(16, 12 * group.world_size)), group, {"0": style})
+    y = model(torch.ones(2, 8, 16, requires_grad=True))
+    with Ledger() as ledger, Products(ledger):
+        y.sum().backward()
+    return in_order(ledger)
+
+
 DX = (16, 16)
 
 
@@ -117,6 +125,17 @@ def test_weight_gradients_are_computed_while_the_input_gradient_is_summed(
     want = [DX] * count + [f"started {op}"] + [dw] * count + [f"waited {op}"]
     results = ranks(at_any_size, events_of_column, layers, sequence_parallel, num_shards=num_shards)
     assert results == [want] * ranks.world_size
+
+
+@pytest.mark.ranks(2, gloo=2)
+@pytest.mark.parametrize("num_shards", [None, 4])
+@pytest.mark.parametrize("style", ["column", "column_gather", "lm_head"])
+def test_so_does_a_parallelized_layer_that_shares_its_input_with_no_other(
+    ranks: Ranks, style: str, num_shards: int | None
+) -> None:
+    count = (num_shards or 2) // 2
+    want = [DX] * count + ["started all_reduce"] + [weight_grad(ranks, num_shards)] * count + ["waited all_reduce"]
+    assert ranks(at_any_size, events_of_parallelized, style, num_shards=num_shards) == [want] * 2
 
 
 @pytest.mark.ranks(2, gloo=2)
@@ -172,6 +191,13 @@ def test_row_against_the_reference(ranks: Ranks, parallel_input: bool) -> None:
     test_linear.check(test_linear.whole(got, dims), test_linear.reference())
 
 
+def parallelized(style: Any, *, group: Group, dtype: torch.dtype) -> nn.Module:
+    """A linear to the given style, alone in its module."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return parallelize(nn.Sequential(nn.Linear(32, 48, dtype=dtype)), group, {"0": style})
+
+
 def frozen(module: nn.Module, *names: str) -> nn.Module:
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name not in names)
@@ -192,6 +218,9 @@ MODULES: dict[str, Callable[..., nn.Module]] = {
     "block": lambda **place: TransformerBlock(0, ARGS, **place),
     "recomputed block": lambda **place: TransformerBlock(0, ARGS, **place),
     "block [s]": lambda **place: TransformerBlock(0, ARGS, sequence_parallel=True, **place),
+    "parallelized column": lambda **place: parallelized("column", **place),
+    "parallelized column, gathered": lambda **place: parallelized("column_gather", **place),
+    "parallelized kv heads": lambda **place: parallelized(Heads(8, 2), **place),
     "head [s]": lambda **place: LMHead(32, 51, pad_vocab=True, sequence_parallel=True, **place),
 }
 
