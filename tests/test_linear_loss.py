@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import profile
 
-from src import Group, Ledger
+from src import Group, Ledger, parallelize
 from src.modeling import (
     LMHead,
     ModelArgs,
@@ -155,6 +155,37 @@ def test_bits_of_head_and_loss_apart(ranks: Ranks, form: str, num_shards: int | 
     for inside, apart in ranks(of_form, form, 3, num_shards=num_shards):
         wide = form not in ("bfloat16", "autocast")
         torch.testing.assert_close(inside, apart, rtol=1e-5 if wide else 2e-2, atol=1e-6 if wide else 2e-3)
+
+
+def padded_logits(group: Group, converted: bool) -> list[Tensor]:
+    """Logits of a padded head, its weight, and gradients by the real ones."""
+    torch.manual_seed(0)
+    x, plain = torch.randn(*SHAPE, HIDDEN, requires_grad=True), nn.Linear(HIDDEN, 99, bias=False)
+    if converted:
+        head: Any = parallelize(nn.Sequential(plain), group, {"0": "lm_head"})
+    else:
+        head = LMHead.from_linear(plain, group=group, pad_vocab=True)
+    y, (weight,) = head(x), head.parameters()
+    y.masked_fill(y == -torch.inf, 0).square().sum().backward()
+    return [y.detach(), weight.detach(), x.grad, weight.grad]
+
+
+@pytest.mark.ranks(2, 4, gloo=2)
+@pytest.mark.parametrize("num_shards", [None, 8])
+@pytest.mark.parametrize("converted", [False, True])
+def test_logits_of_padding(ranks: Ranks, num_shards: int | None, converted: bool) -> None:
+    results = ranks(padded_logits, converted, num_shards=num_shards)
+    logits, weight, weight_grad = (torch.cat([r[i] for r in results], dim) for i, dim in ((0, -1), (1, 0), (3, 0)))
+    torch.manual_seed(0)
+    x, plain = torch.randn(*SHAPE, HIDDEN, requires_grad=True), nn.Linear(HIDDEN, 99, bias=False)
+    want = plain(x)
+    want.square().sum().backward()
+    assert (logits[..., 99:] == -torch.inf).all() and logits.shape[-1] > 99
+    assert torch.equal(weight[:99], plain.weight) and not weight[99:].any() and not weight_grad[99:].any()
+    torch.testing.assert_close(logits[..., :99], want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(weight_grad[:99], plain.weight.grad, rtol=1e-5, atol=1e-4)
+    for result in results:
+        torch.testing.assert_close(result[2], x.grad, rtol=1e-5, atol=1e-4)
 
 
 def sent(group: Group, block_tokens: int | None) -> list[tuple[str, str, int]]:

@@ -153,6 +153,76 @@ def events_of_row(group: Group) -> tuple[list[Any], list[Any]]:
     return in_order(ledger), in_order(backward)
 
 
+GAINS: dict[str, tuple[bool, dict[str, Any]]] = {
+    "all gradients": (True, {}),
+    "bias alone frozen": (True, {"freeze": ["bias"]}),
+    "a part of the sequence": (True, {"length": 4, "sequence_parallel": True}),
+    "a world of one": (False, {}),
+    "input without gradient": (False, {"with_grad": False}),
+    "weight frozen": (False, {"freeze": ["weight"]}),
+    "evaluation": (False, {"evaluating": True}),
+    "a token too short": (False, {"length": 7}),
+    "a part too short": (False, {"length": 3, "sequence_parallel": True}),
+}
+
+
+@pytest.mark.parametrize("situation", GAINS)
+def test_where_something_is_gained(monkeypatch: pytest.MonkeyPatch, situation: str) -> None:
+    calls, plain = [], columns.multiply_copies
+    monkeypatch.setattr(columns, "multiply_copies", lambda *args, **named: calls.append(1) or plain(*args, **named))
+    monkeypatch.setattr(columns, "MIN_BYTES", 2 * 8 * 16 * 4)
+    gains, options = GAINS[situation]
+
+    def program(
+        group: Group,
+        length: int = 8,
+        with_grad: bool = True,
+        freeze: tuple[str, ...] = (),
+        evaluating: bool = False,
+        **place: bool,
+    ) -> None:
+        layer = frozen(ColumnParallelLinear(16, 24, group=group, **place), *freeze)
+        x = torch.ones(2, length, 16, requires_grad=with_grad)
+        with torch.set_grad_enabled(not evaluating):
+            layer(x)
+
+    world_size = 1 if situation == "a world of one" else 2
+    simulate(lambda group: program(group, **options), world_size)
+    assert len(calls) == (world_size if gains else 0)
+
+
+def products_of_row(group: Group, x_learns: bool, weight_learns: bool) -> list[Any]:
+    layer = RowParallelLinear(12 * group.world_size, 10, group=group)
+    layer.weight.requires_grad_(weight_learns)
+    y = layer(torch.ones(4, 3, 12, requires_grad=x_learns))
+    with Ledger() as ledger, Products(ledger):
+        y.sum().backward()
+    return in_order(ledger)
+
+
+@pytest.mark.ranks(2, gloo=2)
+def test_chunks_compute_no_gradient_that_nobody_asks_for(ranks: Ranks) -> None:
+    assert ranks(at_any_size, products_of_row, True, False) == [[(12, 12)]] * 2
+    assert ranks(at_any_size, products_of_row, False, True) == [[(10, 12)]] * 2
+
+
+def bytes_of_a_sum(group: Group) -> int:
+    """A half-precision input under autocast to another, and no gradient in one of two logical shards."""
+    layer = ColumnParallelLinear(8, 16, group=group, dtype=torch.float16)
+    x = torch.ones(3, 8, dtype=torch.float16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        (shards,) = columns.column_shards(x, [layer], group=group)
+    with Ledger() as ledger:
+        shards[0].sum().backward()
+    return ledger.records[0].payload_bytes
+
+
+@pytest.mark.ranks(2, gloo=2)
+def test_a_shard_that_is_not_used_changes_no_dtype(ranks: Ranks) -> None:
+    for program in ((bytes_of_a_sum,), (at_any_size, bytes_of_a_sum)):
+        assert ranks(*program, num_shards=4) == [3 * 8 * 2] * 2
+
+
 @pytest.mark.ranks(2, 4, gloo=2)
 def test_a_chunk_is_summed_while_the_next_one_is_multiplied(ranks: Ranks) -> None:
     started = [(3, 10), "started all_reduce"] * overlap.CHUNKS
