@@ -49,7 +49,8 @@ def vocab_parallel_linear_cross_entropy(
     A rank holds its logits once: their gradient is written over them. With ``block_tokens`` it holds those of so many
     tokens and computes them again in backward (where there are no more tokens than that, nothing changes); sums over
     tokens in the gradients of weight and bias are then taken block by block, in float32 or wider, which rounds them in
-    another way, the same at every world size.
+    another way, the same at every world size. Under torch.compile this runs between two graphs, which is an error with
+    ``fullgraph=True``.
 
     ``group=None`` means an unsharded weight.
 
