@@ -162,13 +162,14 @@ def llama_plan(config: Any) -> dict[str, Style]:
 class SharedInput:
     """One ``copy_to_shards`` for all children of a module that it gives the same tensor while its ``forward`` runs.
 
-    Their gradients are added before the sum over ranks: one all-reduce for q, k and v, not three.
+    Their gradients are added before the sum over ranks: one all-reduce for q, k and v, not three. A single child shares
+    with none, and enters as it would anywhere; the hooks alone keep nn.TransformerEncoderLayer off its fast path.
     """
 
     def __init__(self, parent: nn.Module, children: list[Any]) -> None:
         self._running = False
         self._last: tuple[Tensor, int, list[Tensor]] | None = None
-        for child in children:
+        for child in children if len(children) > 1 else ():
             child.enter = self.enter
         parent.register_forward_pre_hook(self._begin)
         parent.register_forward_hook(self._end, always_call=True)

@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraph
 from src import Group
 from src.checkpoint import sharded_state_dict
 from src.modeling import (
+    LMHead,
     ModelArgs,
     Transformer,
     TransformerBlock,
@@ -22,6 +23,7 @@ from src.modeling import (
 )
 from src.testing import Ranks
 from src.training import train_step
+from tests.test_linear_loss import LOGITS, NARROW, TOKENS, WIDTH, peak
 
 ARGS = ModelArgs(dim=32, n_layers=2, n_heads=8, vocab_size=51, multiple_of=32, max_seq_len=16, pad_vocab=True)
 BATCH, LENGTH = 2, 8
@@ -143,6 +145,66 @@ def test_the_graph_of_a_cross_entropy_does_not_grow_with_its_tokens(
         modules = [module for graph in graphs.graphs for module in graph.modules() if hasattr(module, "graph")]
         sizes.append(sum(len(module.graph.nodes) for module in modules))
     assert sizes[0] == sizes[1]
+
+
+def losses(group: Group, options: dict[str, Any], dtype: torch.dtype, backend: str | None) -> list[Tensor]:
+    """Losses and gradients of a whole model on three batches."""
+    torch.compiler.reset()
+    model = Transformer(replace(ARGS, tie_embeddings=True), group=group)
+    called: Any = model
+    if backend is not None:
+        blocks = options.get("block_tokens", BATCH * LENGTH) < BATCH * LENGTH
+        called = torch.compile(model, fullgraph=not blocks, backend=backend)
+    found = []
+    for step in range(3):
+        ids = torch.randint(0, 51, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(step))
+        model.zero_grad()
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+        with torch.compiler.set_stance("fail_on_recompile" if step else "default"):
+            with autocast:
+                loss = called(ids[:, :-1], targets=ids[:, 1:], **options)
+            loss.backward()
+        found += [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+    return found
+
+
+LOSSES: dict[str, dict[str, Any]] = {
+    "at once": {},
+    "blocks": {"block_tokens": 5},
+    "blocks, all options": {"block_tokens": 5, "label_smoothing": 0.1, "z_loss": 1e-3, "ignore_index": 3},
+    "one block": {"block_tokens": BATCH * LENGTH},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("loss, num_shards", [*((loss, None) for loss in LOSSES), ("blocks", 4)])
+def test_losses_inside_a_compiled_model(
+    ranks: Ranks, loss: str, num_shards: int | None, backend: str, dtype: torch.dtype
+) -> None:
+    on_gloo, tolerance = ranks.on("gloo", 2), 1e-5 if dtype == torch.float32 else 2e-2
+    run = (losses, LOSSES[loss], dtype)
+    found = (on_gloo(*run, how, num_shards=num_shards) for how in (backend, None))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("num_shards", [1, 4])
+def test_blocks_of_a_compiled_loss_hold_the_logits_of_one(num_shards: int) -> None:
+    torch.compiler.reset()
+    head = LMHead(NARROW, WIDTH, group=Group.single(num_shards))
+    hidden, targets = torch.randn(TOKENS, NARROW, requires_grad=True), torch.zeros(TOKENS, dtype=torch.int64)
+    compiled = torch.compile(lambda: head(hidden, targets, block_tokens=16), backend="aot_eager")
+    compiled().backward()
+    assert peak(lambda: compiled().backward()) < LOGITS // 4
+
+
+def test_blocks_are_no_part_of_a_full_graph() -> None:
+    torch.compiler.reset()
+    model = torch.compile(Transformer(ARGS), fullgraph=True, backend="aot_eager")
+    ids = torch.zeros(BATCH, LENGTH, dtype=torch.int64)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="block_tokens cannot be part of a graph"):
+        model(ids, targets=ids, block_tokens=5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, found none")

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import profile
 
-from src import Group, Ledger
+from src import Group, Ledger, parallelize
 from src.modeling import (
     LMHead,
     ModelArgs,
@@ -157,6 +157,37 @@ def test_bits_of_head_and_loss_apart(ranks: Ranks, form: str, num_shards: int | 
         torch.testing.assert_close(inside, apart, rtol=1e-5 if wide else 2e-2, atol=1e-6 if wide else 2e-3)
 
 
+def padded_logits(group: Group, converted: bool) -> list[Tensor]:
+    """Logits of a padded head, its weight, and gradients by the real ones."""
+    torch.manual_seed(0)
+    x, plain = torch.randn(*SHAPE, HIDDEN, requires_grad=True), nn.Linear(HIDDEN, 99, bias=False)
+    if converted:
+        head: Any = parallelize(nn.Sequential(plain), group, {"0": "lm_head"})
+    else:
+        head = LMHead.from_linear(plain, group=group, pad_vocab=True)
+    y, (weight,) = head(x), head.parameters()
+    y.masked_fill(y == -torch.inf, 0).square().sum().backward()
+    return [y.detach(), weight.detach(), x.grad, weight.grad]
+
+
+@pytest.mark.ranks(2, 4, gloo=2)
+@pytest.mark.parametrize("num_shards", [None, 8])
+@pytest.mark.parametrize("converted", [False, True])
+def test_logits_of_padding(ranks: Ranks, num_shards: int | None, converted: bool) -> None:
+    results = ranks(padded_logits, converted, num_shards=num_shards)
+    logits, weight, weight_grad = (torch.cat([r[i] for r in results], dim) for i, dim in ((0, -1), (1, 0), (3, 0)))
+    torch.manual_seed(0)
+    x, plain = torch.randn(*SHAPE, HIDDEN, requires_grad=True), nn.Linear(HIDDEN, 99, bias=False)
+    want = plain(x)
+    want.square().sum().backward()
+    assert (logits[..., 99:] == -torch.inf).all() and logits.shape[-1] > 99
+    assert torch.equal(weight[:99], plain.weight) and not weight[99:].any() and not weight_grad[99:].any()
+    torch.testing.assert_close(logits[..., :99], want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(weight_grad[:99], plain.weight.grad, rtol=1e-5, atol=1e-4)
+    for result in results:
+        torch.testing.assert_close(result[2], x.grad, rtol=1e-5, atol=1e-4)
+
+
 def sent(group: Group, block_tokens: int | None) -> list[tuple[str, str, int]]:
     hidden, weight, _, targets, _ = inputs()
     x, w = hidden.requires_grad_(), own(group, weight)
@@ -222,11 +253,33 @@ def test_blocks_are_summed_in_float32() -> None:
     hidden, weight, *_ = inputs(torch.bfloat16)
     x, targets, grads = hidden[:1, :1].expand(1, 600, -1), torch.zeros(1, 600, dtype=torch.int64), []
     for block_tokens in (None, 1):
-        w = weight.clone().requires_grad_()
-        options: dict[str, Any] = {"group": None, "reduction": "sum", "block_tokens": block_tokens}
+        w, b = weight.clone().requires_grad_(), torch.zeros_like(weight[:, 0], requires_grad=True)
+        options: dict[str, Any] = {"group": None, "bias": b, "reduction": "sum", "block_tokens": block_tokens}
         vocab_parallel_linear_cross_entropy(x, w, targets, **options).backward()
-        grads.append(w.grad)
+        grads.append((w.grad, b.grad))
     torch.testing.assert_close(*grads, rtol=2e-2, atol=0)  # in bfloat16 a sum of equal terms ends at the 256th
+
+
+def test_gradients_of_weights_are_added_where_they_are() -> None:
+    hidden, targets = torch.ones(16, 256), torch.zeros(16, dtype=torch.int64)
+    weight = torch.ones(128, 256, requires_grad=True)
+
+    def call() -> None:
+        vocab_parallel_linear_cross_entropy(hidden, weight, targets, group=None, block_tokens=4).backward()
+
+    call()
+    assert weight.nbytes <= peak(call) < 1.5 * weight.nbytes
+
+
+def test_int32_targets() -> None:
+    hidden, weight, _, targets, _ = inputs()
+    for block_tokens in (None, 4):
+        grads = []
+        for ids in (targets, targets.int()):
+            x = hidden.clone().requires_grad_()
+            vocab_parallel_linear_cross_entropy(x, weight, ids, group=None, block_tokens=block_tokens).backward()
+            grads.append(x.grad)
+        assert torch.equal(*grads)
 
 
 def test_a_second_backward() -> None:
@@ -235,10 +288,11 @@ def test_a_second_backward() -> None:
     blocked = vocab_parallel_linear_cross_entropy(x, weight, targets, group=None, block_tokens=4)
     first, second = (torch.autograd.grad(blocked, x, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
-    loss = vocab_parallel_linear_cross_entropy(x, weight, targets, group=None)
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="a second backward"):
-        loss.backward()
+    for block_tokens in (None, targets.numel()):  # a single block is no other way
+        loss = vocab_parallel_linear_cross_entropy(x, weight, targets, group=None, block_tokens=block_tokens)
+        loss.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="a second backward"):
+            loss.backward()
 
 
 def test_backward_inside_autocast() -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from src import Group, Ledger
+from src.modeling import loss as loss_module
 from src.modeling import loss_terms, vocab_parallel_cross_entropy
 from src.testing import Ranks
 
@@ -263,6 +264,16 @@ def test_logits_that_others_need_are_not_destroyed_unseen() -> None:
         total = loss(logits, inplace) + logits.square().mean()  # whose backward comes first
         grads.append(torch.autograd.grad(total, leaf)[0])
     assert torch.equal(*grads)
+
+
+def test_what_a_kernel_writes_over_logits_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        loss_module, "write_gradients", lambda *args: None
+    )  # raises no version, as a kernel raises none
+    logits, targets, _ = inputs(torch.float32)
+    made = logits.requires_grad_().exp()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        vocab_parallel_cross_entropy(made, targets, group=None, inplace_backward=True).backward()
 
 
 def test_inplace_backward_keeps_away_from_leaves_and_strided_logits() -> None:

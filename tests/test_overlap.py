@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from src import Group, Ledger, SimulationError, simulate
+from src import Group, Heads, Ledger, SimulationError, parallelize, simulate
 from src.distributed import (
     all_reduce,
     barrier,
@@ -98,6 +98,14 @@ def events_of_column(group: Group, layers: int, sequence_parallel: bool) -> list
     return in_order(ledger)
 
 
+def events_of_parallelized(group: Group, style: str) -> list[Any]:
+    model = parallelize(nn.Sequential(nn.Linear(16, 12 * group.world_size)), group, {"0": style})
+    y = model(torch.ones(2, 8, 16, requires_grad=True))
+    with Ledger() as ledger, Products(ledger):
+        y.sum().backward()
+    return in_order(ledger)
+
+
 DX = (16, 16)
 
 
@@ -120,6 +128,17 @@ def test_weight_gradients_are_computed_while_the_input_gradient_is_summed(
 
 
 @pytest.mark.ranks(2, gloo=2)
+@pytest.mark.parametrize("num_shards", [None, 4])
+@pytest.mark.parametrize("style", ["column", "column_gather", "lm_head"])
+def test_so_does_a_parallelized_layer_that_shares_its_input_with_no_other(
+    ranks: Ranks, style: str, num_shards: int | None
+) -> None:
+    count = (num_shards or 2) // 2
+    want = [DX] * count + ["started all_reduce"] + [weight_grad(ranks, num_shards)] * count + ["waited all_reduce"]
+    assert ranks(at_any_size, events_of_parallelized, style, num_shards=num_shards) == [want] * 2
+
+
+@pytest.mark.ranks(2, gloo=2)
 def test_small_gradients_are_summed_after_everything(ranks: Ranks) -> None:
     for events in ranks(events_of_column, 2, False):
         assert sorted(events[:4]) == [(12, 16)] * 2 + [DX] * 2 and events[4:] == ["called all_reduce"]
@@ -132,6 +151,76 @@ def events_of_row(group: Group) -> tuple[list[Any], list[Any]]:
     with Ledger() as backward, Products(backward):
         y.sum().backward()
     return in_order(ledger), in_order(backward)
+
+
+GAINS: dict[str, tuple[bool, dict[str, Any]]] = {
+    "all gradients": (True, {}),
+    "bias alone frozen": (True, {"freeze": ["bias"]}),
+    "a part of the sequence": (True, {"length": 4, "sequence_parallel": True}),
+    "a world of one": (False, {}),
+    "input without gradient": (False, {"with_grad": False}),
+    "weight frozen": (False, {"freeze": ["weight"]}),
+    "evaluation": (False, {"evaluating": True}),
+    "a token too short": (False, {"length": 7}),
+    "a part too short": (False, {"length": 3, "sequence_parallel": True}),
+}
+
+
+@pytest.mark.parametrize("situation", GAINS)
+def test_where_something_is_gained(monkeypatch: pytest.MonkeyPatch, situation: str) -> None:
+    calls, plain = [], columns.multiply_copies
+    monkeypatch.setattr(columns, "multiply_copies", lambda *args, **named: calls.append(1) or plain(*args, **named))
+    monkeypatch.setattr(columns, "MIN_BYTES", 2 * 8 * 16 * 4)
+    gains, options = GAINS[situation]
+
+    def program(
+        group: Group,
+        length: int = 8,
+        with_grad: bool = True,
+        freeze: tuple[str, ...] = (),
+        evaluating: bool = False,
+        **place: bool,
+    ) -> None:
+        layer = frozen(ColumnParallelLinear(16, 24, group=group, **place), *freeze)
+        x = torch.ones(2, length, 16, requires_grad=with_grad)
+        with torch.set_grad_enabled(not evaluating):
+            layer(x)
+
+    world_size = 1 if situation == "a world of one" else 2
+    simulate(lambda group: program(group, **options), world_size)
+    assert len(calls) == (world_size if gains else 0)
+
+
+def products_of_row(group: Group, x_learns: bool, weight_learns: bool) -> list[Any]:
+    layer = RowParallelLinear(12 * group.world_size, 10, group=group)
+    layer.weight.requires_grad_(weight_learns)
+    y = layer(torch.ones(4, 3, 12, requires_grad=x_learns))
+    with Ledger() as ledger, Products(ledger):
+        y.sum().backward()
+    return in_order(ledger)
+
+
+@pytest.mark.ranks(2, gloo=2)
+def test_chunks_compute_no_gradient_that_nobody_asks_for(ranks: Ranks) -> None:
+    assert ranks(at_any_size, products_of_row, True, False) == [[(12, 12)]] * 2
+    assert ranks(at_any_size, products_of_row, False, True) == [[(10, 12)]] * 2
+
+
+def bytes_of_a_sum(group: Group) -> int:
+    """A half-precision input under autocast to another, and no gradient in one of two logical shards."""
+    layer = ColumnParallelLinear(8, 16, group=group, dtype=torch.float16)
+    x = torch.ones(3, 8, dtype=torch.float16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        (shards,) = columns.column_shards(x, [layer], group=group)
+    with Ledger() as ledger:
+        shards[0].sum().backward()
+    return ledger.records[0].payload_bytes
+
+
+@pytest.mark.ranks(2, gloo=2)
+def test_a_shard_that_is_not_used_changes_no_dtype(ranks: Ranks) -> None:
+    for program in ((bytes_of_a_sum,), (at_any_size, bytes_of_a_sum)):
+        assert ranks(*program, num_shards=4) == [3 * 8 * 2] * 2
 
 
 @pytest.mark.ranks(2, 4, gloo=2)
@@ -172,6 +261,13 @@ def test_row_against_the_reference(ranks: Ranks, parallel_input: bool) -> None:
     test_linear.check(test_linear.whole(got, dims), test_linear.reference())
 
 
+def parallelized(style: Any, *, group: Group, dtype: torch.dtype) -> nn.Module:
+    """A linear to the given style, alone in its module."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return parallelize(nn.Sequential(nn.Linear(32, 48, dtype=dtype)), group, {"0": style})
+
+
 def frozen(module: nn.Module, *names: str) -> nn.Module:
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name not in names)
@@ -192,6 +288,9 @@ MODULES: dict[str, Callable[..., nn.Module]] = {
     "block": lambda **place: TransformerBlock(0, ARGS, **place),
     "recomputed block": lambda **place: TransformerBlock(0, ARGS, **place),
     "block [s]": lambda **place: TransformerBlock(0, ARGS, sequence_parallel=True, **place),
+    "parallelized column": lambda **place: parallelized("column", **place),
+    "parallelized column, gathered": lambda **place: parallelized("column_gather", **place),
+    "parallelized kv heads": lambda **place: parallelized(Heads(8, 2), **place),
     "head [s]": lambda **place: LMHead(32, 51, pad_vocab=True, sequence_parallel=True, **place),
 }
 

@@ -365,3 +365,29 @@ def test_a_rank_that_is_missing_is_named(two: RankPool, leaves: bool, words: str
     told, _ = two.run(one_fails, free_port(), leaves)
     assert "all_reduce(float32[4]) forward, at" in told and "rank 1 ended, or hang" in told
     assert words in told
+
+
+def one_calls_torch(group: Group, port: int, shares: bool) -> str:
+    """Rank 1 is in torch's own collective; where rank 0 gives up, it meets it there."""
+    group, x = begin_again(group, port, shared_memory=shares), torch.ones(4)
+    all_reduce(x, group=group)
+    if group.rank == 1:
+        dist.all_reduce(x)
+        return ""
+    if shares:
+        set_timeout(group.pg, timedelta(seconds=1))
+    try:
+        all_reduce(x, group=group)
+    except RankFailure as error:
+        dist.all_reduce(x)
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_a_rank_in_a_collective_of_torch_is_guessed(two: RankPool, shares: bool) -> None:
+    told, _ = two.run(one_calls_torch, free_port(), shares)
+    assert bool(told) == shares
+    if shares:
+        assert "rank 1 did not come within 1 s; it may be in a collective of torch.distributed, " in told
+        assert told.endswith("meets this one only with init(shared_memory=False)")

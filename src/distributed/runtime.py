@@ -45,7 +45,8 @@ def init(
     queued); where some ranks work for longer while others wait, use ``long_wait``. With ``check`` (default: whether
     ISOSHARD_CHECK is 1) ranks compare every call before they make it. Where all ranks of a group over gloo are on one
     host, they exchange tensors through shared memory, unless ``shared_memory`` is False (default: whether
-    ISOSHARD_SHARED_MEMORY is 0) on any of them before its first collective.
+    ISOSHARD_SHARED_MEMORY is 0) on any of them before its first collective. A collective of isoshard there does not
+    meet one of ``torch.distributed`` that another rank is in.
 
     Raises ValueError when the environment describes several ranks, but not completely.
     """

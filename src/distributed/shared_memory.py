@@ -49,6 +49,9 @@ SPINS, SPINS_CROWDED = 1000, 20
 LOOK = 0.02
 """Seconds after which a sleeping rank makes sure that the other is alive."""
 
+ELSEWHERE = "it may be in a collective of torch.distributed, which meets this one only with init(shared_memory=False)"
+"""Why a rank that is alive may not come."""
+
 # A ProcessGroup takes no attributes.
 _opened: weakref.WeakKeyDictionary[Any, SharedMemory | None] = weakref.WeakKeyDictionary()
 _declined: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -122,7 +125,7 @@ class SharedMemory:
             if self._has_left(rank) and self._words[LINE * rank] < turn:
                 raise RuntimeError(f"rank {self._ranks[rank]} has left the memory of this group")
             if time.monotonic() > deadline:
-                raise RuntimeError(f"rank {self._ranks[rank]} did not come within {seconds:g} s")
+                raise RuntimeError(f"rank {self._ranks[rank]} did not come within {seconds:g} s; {ELSEWHERE}")
 
     def _has_left(self, rank: int) -> bool:
         try:

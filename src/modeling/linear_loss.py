@@ -49,7 +49,8 @@ def vocab_parallel_linear_cross_entropy(
     A rank holds its logits once: their gradient is written over them. With ``block_tokens`` it holds those of so many
     tokens and computes them again in backward (where there are no more tokens than that, nothing changes); sums over
     tokens in the gradients of weight and bias are then taken block by block, in float32 or wider, which rounds them in
-    another way, the same at every world size.
+    another way, the same at every world size. Under torch.compile this runs between two graphs, which is an error with
+    ``fullgraph=True``.
 
     ``group=None`` means an unsharded weight.
 
@@ -74,11 +75,27 @@ def linear_cross_entropy(
     block_tokens: int | None = None,
 ) -> Tensor:
     """The same of one input ``[..., h]``, weight ``[v/V, h]`` and bias for each logical shard of this rank."""
-    width = weights[0].shape[0]
     if block_tokens is not None and block_tokens < 1:
         raise ValueError(f"block_tokens={block_tokens} must be at least 1")
     if block_tokens is None or targets.numel() <= block_tokens:
         return logits_cross_entropy(list(map(linear, inputs, weights, biases)), targets, group, criterion)
+    blocked = _blocked_cross_entropy
+    if torch.compiler.is_compiling():  # a graph would keep the logits of all blocks for its backward
+        blocked = torch.compiler.disable(blocked, reason="block_tokens cannot be part of a graph")
+    return blocked(inputs, weights, biases, targets, group, criterion, block_tokens)
+
+
+def _blocked_cross_entropy(
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    targets: Tensor,
+    group: Group,
+    criterion: Criterion,
+    block_tokens: int,
+) -> Tensor:
+    """As ``linear_cross_entropy``, with the logits of so many tokens at a time."""
+    width = weights[0].shape[0]
     pieces = _pieces(inputs[0], targets, width, group, criterion)
     rows = [x.reshape(-1, x.shape[-1]) for x in inputs]
     flat = targets.reshape(-1).long().to(rows[0].device)
