@@ -266,6 +266,7 @@ REDUCE_OPS = [
     }.items()
     for name in names
 ]
+OLD = torch.__version__ < torch.torch_version.TorchVersion("2.12")
 OPERATIONS = [
     gather,
     scatter,
@@ -273,7 +274,7 @@ OPERATIONS = [
     *REDUCE_OPS,
     reduce_scatter,
     reduce_scatter_flat,
-    all_to_all,
+    pytest.param(all_to_all, marks=pytest.mark.skipif(OLD, reason="gloo of torch 2.11 has no all_to_all of lists")),
     functools.partial(all_to_all_single, 5),
     functools.partial(all_to_all_single, 0),
     all_to_all_with_splits,

@@ -47,8 +47,8 @@ class _ShardEmbedding(torch.autograd.Function):
             return None, zeros(ctx.table_shape, grad.dtype).index_add_(0, found, rows), None
         distinct, place = found.unique(return_inverse=True)
         sums = rows.new_zeros(len(distinct), rows.shape[1]).index_add_(0, place, rows)
-        options: dict[str, Any] = {"is_coalesced": True, "check_invariants": False}
-        return None, torch.sparse_coo_tensor(distinct[None], sums, ctx.table_shape, **options), None
+        with torch.sparse.check_sparse_tensor_invariants(False):
+            return None, torch.sparse_coo_tensor(distinct[None], sums, ctx.table_shape, is_coalesced=True), None
 
 
 def _is_added_to_grad(node: Any) -> bool:
