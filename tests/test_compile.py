@@ -178,7 +178,9 @@ LOSSES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("loss, num_shards", [*((loss, None) for loss in LOSSES), ("blocks", 4)])
+@pytest.mark.parametrize(
+    "loss, num_shards", [("blocks", 4), *(pytest.param(loss, None, marks=pytest.mark.slow) for loss in LOSSES)]
+)
 def test_losses_inside_a_compiled_model(
     ranks: Ranks, loss: str, num_shards: int | None, backend: str, dtype: torch.dtype
 ) -> None:

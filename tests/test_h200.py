@@ -126,6 +126,7 @@ CHECKS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
 @pytest.mark.parametrize("name", CHECKS)
 def test_what_is_checked_on_a_gpu(name: str, pretended: Callable[[str], dict[str, Any]]) -> None:
     found = pretended(name)
