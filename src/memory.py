@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-HUGE_BYTES = 2**23
+HUGE_BYTES = 2**22
 """From this size on numpy asks the system for huge pages, where torch takes a page fault for every 4 KiB."""
 
 
