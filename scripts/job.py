@@ -87,8 +87,8 @@ def train(world: Group, options: Options) -> Outcome:
         lr=options.lr,
         betas=(0.9, 0.95),
         weight_decay=options.weight_decay,
-        fused=options.num_shards
-        is None,  # it rounds the last elements of a tensor otherwise, so its bits depend on cuts
+        # Fused, the last elements of a tensor are rounded in another way: bits would depend on cuts.
+        fused=options.num_shards is None,
     )
     checkpoints = options.out / "checkpoints"
     history = restore(checkpoints, model, optimizer, corpus, mesh, options)

@@ -10,14 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels import lookup
+from .kernels.row_blocks import wide as wide
 
 Rotation: TypeAlias = Tensor | tuple[Tensor, Tensor]
 """``freqs_cis`` for heads whose neighbours are rotated together, ``(cos, sin)`` for heads of two halves."""
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """``dtype``, or float32 where that is wider: the type in which statistics are taken."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -40,4 +40,7 @@ def _allocated(make: Callable[..., np.ndarray[Any, Any]], shape: torch.Size, dty
     size = shape.numel() * dtype.itemsize
     array = make(size + 64, np.uint8)
     start = -array.ctypes.data % 64
-    return torch.from_numpy(array[start : start + size]).view(dtype).view(shape)
+    # Not by views of it: as the result of an autograd.Function they could not be modified in place.
+    storage = torch.from_numpy(array).untyped_storage()
+    strides = torch.empty(shape, device="meta").stride()
+    return torch.empty(0, dtype=dtype).set_(storage, start // dtype.itemsize, shape, strides)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from src import functional as fn
@@ -368,3 +369,54 @@ def test_transforms_see_the_body() -> None:
     (want,) = gradients(lambda x: fn.group_rms_norm(x, weight, 4, 1e-3), [x], torch.ones(3, 8))
     got = torch.func.grad(lambda x: fn.group_rms_norm(x, weight, 4, 1e-3).sum())(x)
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("op", ["norm", "groups", "rotation", "embedding"])
+def test_results_may_be_modified_in_place(monkeypatch: pytest.MonkeyPatch, op: str, large: bool) -> None:
+    if large:
+        monkeypatch.setattr(memory, "HUGE_BYTES", 1)
+    x, weight, heads = numbers(0, 2, 6, 8), numbers(1, 8), numbers(2, 2, 6, 2, 8)
+    tables, ids = fn.rope_tables(6, 8, 1e4), torch.arange(12).view(2, 6) % 7
+    call, leaf = {
+        "norm": (lambda x: fn.rms_norm(x, weight, 1e-3), x),
+        "groups": (lambda x: fn.group_rms_norm(x, weight, 4, 1e-3), x),
+        "rotation": (lambda x: fn.apply_rotary_pos_emb(x, *tables), heads),
+        "embedding": (lambda table: fn.shard_embedding(ids, table, 1), numbers(3, 5, 8)),
+    }[op]
+    grad = numbers(4, *call(leaf).shape)
+    (got,) = gradients(lambda leaf: call(leaf).mul_(2).exp_(), [leaf], grad)
+    (want,) = gradients(lambda leaf: (call(leaf) * 2).exp(), [leaf], grad)
+    assert torch.equal(got, want)
+
+
+def test_rotations_whose_tables_do_not_fit() -> None:
+    q, k = numbers(0, 2, 6, 2, 8), numbers(1, 2, 6, 1, 8)
+    cos, sin = fn.rope_tables(6, 8, 1e4)
+    for tables in ((cos[:1], sin[:1]), (cos, sin[:1]), (cos[:, :1], sin[:, :1]), (cos[:5], sin[:5])):
+        with pytest.raises(ValueError, match=r"must both be \[s, hd\]"):
+            fn.rotate_queries_and_keys(q, k, tables)
+
+
+def test_forward_mode_sees_the_body() -> None:
+    x, weight, tangent = numbers(0, 3, 8), numbers(1, 8), numbers(2, 3, 8)
+    with forward_ad.dual_level():
+        y = fn.group_rms_norm(forward_ad.make_dual(x, tangent), weight, 4, 1e-3)
+        got = forward_ad.unpack_dual(y).tangent
+    torch.testing.assert_close(
+        got, torch.func.jvp(lambda x: fn.group_rms_norm(x, weight, 4, 1e-3), (x,), (tangent,))[1]
+    )
+
+
+def test_a_bfloat16_product_without_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide_only(monkeypatch)
+    assert fn.linear(torch.ones(16, 4, dtype=torch.bfloat16), torch.ones(0, 4, dtype=torch.bfloat16)).shape == (16, 0)
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_norm_of_which_one_part_learns(frozen: int) -> None:
+    leaves, grad = [numbers(0, 3, 8), numbers(1, 8)], numbers(2, 3, 8)
+    want = gradients(lambda x, w: fn.group_rms_norm(x, w, 4, 1e-3), leaves, grad)[1 - frozen]
+    leaf = leaves[1 - frozen].clone().requires_grad_()
+    fn.group_rms_norm(*([leaf, leaves[1]] if frozen else [leaves[0], leaf]), 4, 1e-3).backward(grad)
+    assert torch.equal(leaf.grad, want)

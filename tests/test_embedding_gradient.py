@@ -44,17 +44,17 @@ def accumulated(group: Group | None, dtype: torch.dtype = torch.float32, way: st
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+def decisions(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     """Of each backward, whether it added rows."""
-    decisions: list[bool] = []
+    found: list[bool] = []
     decide = cpu_embedding._is_added_to_grad
 
     def noted(node: Any) -> bool:
-        decisions.append(decide(node))
-        return decisions[-1]
+        found.append(decide(node))
+        return found[-1]
 
     monkeypatch.setattr(cpu_embedding, "_is_added_to_grad", noted)
-    yield decisions
+    yield found
 
 
 @pytest.fixture
@@ -71,9 +71,11 @@ def whole_tables(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("way, in_place", [("backward", True), ("hook", False), ("grad", False)])
-def test_bits(made: list[bool], whole_tables: Callable[..., Any], dtype: torch.dtype, way: str, in_place: bool) -> None:
+def test_bits(
+    decisions: list[bool], whole_tables: Callable[..., Any], dtype: torch.dtype, way: str, in_place: bool
+) -> None:
     got = accumulated(None, dtype, way)
-    assert made == [in_place] * 3 and got.layout == torch.strided
+    assert decisions == [in_place] * 3 and got.layout == torch.strided
     assert torch.equal(got, whole_tables(accumulated, None, dtype))
 
 
@@ -96,7 +98,7 @@ def of_replicas(group: Group) -> Tensor:
 
 
 def test_memory(whole_tables: Callable[..., Any]) -> None:
-    layer, (ids, grad) = ParallelVocabEmbedding(16 * VOCAB, WIDTH), batches()[0]
+    layer, (ids, grad) = ParallelVocabEmbedding(15 * VOCAB, WIDTH), batches()[0]
     table_bytes = layer.weight.nbytes
 
     def step() -> None:
@@ -107,7 +109,7 @@ def test_memory(whole_tables: Callable[..., Any]) -> None:
     assert whole_tables(peak, step) > table_bytes
 
 
-def test_a_table_that_is_the_head_too(made: list[bool], whole_tables: Callable[..., Any]) -> None:
+def test_a_table_that_is_the_head_too(decisions: list[bool], whole_tables: Callable[..., Any]) -> None:
     ids, _ = batches()[0]
 
     def step(table: nn.Parameter) -> Tensor:
@@ -121,5 +123,5 @@ def test_a_table_that_is_the_head_too(made: list[bool], whole_tables: Callable[.
     for call in (step, lambda table: whole_tables(step, table)):
         layer = ParallelVocabEmbedding(VOCAB, WIDTH)
         grads.append(call(layer.weight))
-    assert made == [False, True] and grads[0].layout == torch.strided
+    assert decisions == [False, True] and grads[0].layout == torch.strided
     assert torch.equal(*grads)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import profile
+from torch.utils.checkpoint import checkpoint
 
 from src import Group, Ledger, parallelize
 from src.modeling import (
@@ -356,3 +357,18 @@ def test_errors() -> None:
         LMHead(HIDDEN, ROWS, group=group)(hidden, z_loss=1e-3)
     with pytest.raises(ValueError, match=r"the model was built for .*num_shards=1.*not for .*num_shards=2"):
         batch_loss(Transformer(ARGS), targets, targets, group=Group.single(2))
+
+
+@pytest.mark.parametrize("block_tokens", [None, 4])
+def test_recomputed(block_tokens: int | None) -> None:
+    hidden, weight, _, targets, _ = inputs()
+    grads = []
+    for recomputed in (False, True):
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+
+        def loss(x: Tensor, w: Tensor) -> Tensor:
+            return vocab_parallel_linear_cross_entropy(x, w, targets, group=None, block_tokens=block_tokens)
+
+        (checkpoint(loss, *leaves, use_reentrant=False) if recomputed else loss(*leaves)).backward()
+        grads.append([leaf.grad for leaf in leaves])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from src import Group, Ledger
 from src.modeling import loss as loss_module
@@ -317,3 +318,27 @@ def test_errors() -> None:
         fails(logits, targets, label_smoothing=1.5)
     with pytest.raises(ValueError, match=r"reduction='avg' is not"):
         fails(logits, targets, reduction="avg")
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_recomputed(use_reentrant: bool) -> None:
+    logits, targets, grad = inputs(torch.float32)
+    want = program(Group.single(), logits, targets, grad, {})
+    leaf = logits.clone().requires_grad_()
+
+    def loss(x: Tensor) -> Tensor:
+        return vocab_parallel_cross_entropy(x * 1, targets, group=None)
+
+    got = checkpoint(loss, leaf, use_reentrant=use_reentrant)
+    got.backward()
+    assert torch.equal(got.detach(), want[0]) and torch.equal(leaf.grad, want[1])
+
+
+def test_losses_may_be_modified_in_place() -> None:
+    logits, targets, grad = inputs(torch.float32)
+    grads = []
+    for change in (lambda loss: loss.mul_(2).add_(1), lambda loss: loss * 2 + 1):
+        leaf = logits.clone().requires_grad_()
+        change(vocab_parallel_cross_entropy(leaf, targets, group=None, reduction="none")).backward(grad.float())
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)

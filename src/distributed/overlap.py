@@ -91,7 +91,7 @@ class _MultiplyReduce(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         chunks = x.reshape(-1, x.shape[-1]).chunk(CHUNKS)
         running = [start_all_reduce(product.forward(rows, weight, None), group=group) for rows in chunks]
-        return torch.cat([finish() for finish in running]).view(*x.shape[:-1], -1)
+        return torch.cat([finish() for finish in running])
 
     @staticmethod
     @once_differentiable
@@ -126,5 +126,5 @@ def multiply_copies(
 
 def multiply_reduce(x: Tensor, weight: Tensor, *, group: Group, product: Product) -> Tensor:
     """``x [..., in/w]`` times ``weight [out, in/w]``, summed over ranks in the backend's order: ``[..., out]``."""
-    y: Tensor = _MultiplyReduce.apply(x, weight, group, product)  # type: ignore[no-untyped-call]
-    return y
+    rows: Tensor = _MultiplyReduce.apply(x, weight, group, product)  # type: ignore[no-untyped-call]
+    return rows.view(*x.shape[:-1], weight.shape[0])

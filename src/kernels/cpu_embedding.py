@@ -16,13 +16,15 @@ MIN_ELEMENTS = 2**14
 
 def supports(ids: Tensor, table: Tensor) -> bool:
     """Whether bags are faster than a mask."""
-    return ids.numel() * table.shape[1] >= MIN_ELEMENTS and ids.is_contiguous() and table.is_floating_point()
+    if ids.dtype not in (torch.int32, torch.int64) or not table.is_floating_point():
+        return False
+    return ids.numel() * table.shape[1] >= MIN_ELEMENTS and ids.is_contiguous()
 
 
 def shard_embedding(ids: Tensor, table: Tensor, first: int) -> Tensor:
     """Rows of ``table [n, e]`` for ids in ``[first, first + n)``, zeros for all others: ``[..., e]``."""
     rows: Tensor = _ShardEmbedding.apply(ids, table, first)
-    return rows
+    return rows.view(*ids.shape, table.shape[1])
 
 
 class _ShardEmbedding(torch.autograd.Function):
@@ -36,7 +38,7 @@ class _ShardEmbedding(torch.autograd.Function):
         ctx.save_for_backward(found, owned)
         ctx.table_shape = table.shape
         rows: Tensor = torch.embedding_bag(table, found, owned.cumsum(0) - owned.long())[0]
-        return rows.view(*ids.shape, table.shape[1])
+        return rows
 
     @staticmethod
     @once_differentiable
@@ -52,12 +54,11 @@ class _ShardEmbedding(torch.autograd.Function):
 
 
 def _is_added_to_grad(node: Any) -> bool:
-    """Whether autograd adds what ``node`` is given to a ``.grad`` that is there, and nobody sees it before.
+    """Whether autograd adds what ``node`` is given to a ``.grad`` that is there, and no hook of the table sees it.
 
     Rows are added in place then, with the bits of a whole table: none is made.
     """
-    table = getattr(node, "variable", None)  # only leaves have one
-    if table is None or table.grad is None or table._backward_hooks:
+    if type(node).__name__ != "AccumulateGrad" or node.variable.grad is None or node.variable._backward_hooks:
         return False
     try:
         return torch._C._will_engine_execute_node(node)

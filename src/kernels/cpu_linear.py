@@ -31,6 +31,8 @@ def supports(x: Tensor, other: Tensor, bias: Tensor | None = None) -> bool:
     """Whether ``x [..., n]`` would be multiplied in bfloat16, slowly."""
     if has_bfloat16_units() or x.numel() < max(1, MIN_ROWS * x.size(-1)):
         return False
+    if bias is not None and bias.dtype != other.dtype and not torch.is_autocast_enabled("cpu"):
+        return False
     return _product_dtype(x, other) == torch.bfloat16
 
 

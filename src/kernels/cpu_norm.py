@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..memory import empty_like
-from .row_blocks import learns, row_blocks
+from .row_blocks import learns, row_blocks, wide
 
 MIN_ELEMENTS = 2**17
 """From how many elements on blocks gain more than they cost, with gradients."""
@@ -26,7 +26,8 @@ def supports(x: Tensor, weight: Tensor, group_size: int) -> bool:
     elements = x.numel()
     if elements < MIN_ELEMENTS or (elements < MIN_ELEMENTS_FORWARD and not learns(x, weight)):
         return False
-    return x.is_contiguous() and x.size(-1) < MAX_WIDTH and _wide(weight.dtype) == _wide(x.dtype)
+    same = x.size(-1) == weight.numel() and wide(weight.dtype) == wide(x.dtype)
+    return same and x.is_contiguous() and x.size(-1) < MAX_WIDTH
 
 
 def group_rms_norm(x: Tensor, weight: Tensor, group_size: int, eps: float) -> Tensor:
@@ -43,34 +44,33 @@ class _GroupRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, size: int, eps: float) -> Tensor:
-        rows, dtype = x.view(-1, x.shape[-1] // size, size), _wide(x.dtype)
-        gamma = weight.to(dtype).view(rows.shape[1:])
-        y, scales = empty_like(rows), rows.new_empty(*rows.shape[:2], 1, dtype=dtype)
+        dtype, y = wide(x.dtype), empty_like(x)
+        rows, places = (tensor.view(-1, x.shape[-1] // size, size) for tensor in (x, y))
+        gamma, scales = weight.to(dtype).view(rows.shape[1:]), rows.new_empty(*rows.shape[:2], 1, dtype=dtype)
         for block in row_blocks(rows):
-            wide = rows[block].to(dtype)
-            scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps, out=scales[block])
-            place = y[block] if y.dtype == dtype else wide
-            y[block] = torch.mul(wide, scale, out=place).mul_(gamma)
-        ctx.save_for_backward(rows, gamma, scales)
+            part = rows[block].to(dtype)
+            scale = torch.rsqrt(part.square().mean(-1, keepdim=True) + eps, out=scales[block])
+            place = places[block] if y.dtype == dtype else part
+            places[block] = torch.mul(part, scale, out=place).mul_(gamma)
+        ctx.save_for_backward(x, gamma, scales)
         ctx.weight_dtype = weight.dtype
-        return y.view(x.shape)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, gamma, scales = ctx.saved_tensors
-        grads, x_grad, weight_grad = grad.reshape(rows.shape), empty_like(rows), torch.zeros_like(gamma)
+        x, gamma, scales = ctx.saved_tensors
+        rows = x.view(-1, *gamma.shape)
+        grads, weight_grad = grad.reshape(rows.shape), torch.zeros_like(gamma)
+        x_grad = empty_like(rows) if ctx.needs_input_grad[0] else None
         for block in row_blocks(rows):
-            wide, scale = grads[block].to(gamma.dtype), scales[block]
+            part, scale = grads[block].to(gamma.dtype), scales[block]
             normed = rows[block].to(gamma.dtype) * scale
-            product = wide * normed
+            product = part * normed
             weight_grad += product.sum(0)
-            along = product.mul_(gamma).mean(-1, keepdim=True)
-            place = x_grad[block] if x_grad.dtype == gamma.dtype else wide
-            x_grad[block] = torch.mul(wide, gamma, out=place).sub_(normed.mul_(along)).mul_(scale)
-        return x_grad.view(grad.shape), weight_grad.flatten().to(ctx.weight_dtype), None, None
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """In which statistics are taken."""
-    return torch.promote_types(dtype, torch.float32)
+            if x_grad is not None:
+                along = product.mul_(gamma).mean(-1, keepdim=True)
+                place = x_grad[block] if x_grad.dtype == gamma.dtype else part
+                x_grad[block] = torch.mul(part, gamma, out=place).sub_(normed.mul_(along)).mul_(scale)
+        x_grad = None if x_grad is None else x_grad.view(x.shape)
+        return x_grad, weight_grad.flatten().to(ctx.weight_dtype), None, None

@@ -17,9 +17,11 @@ MIN_ELEMENTS = 2**19
 
 def supports(heads: tuple[Tensor, ...], rotation: tuple[Tensor, ...]) -> bool:
     """Whether blocks are faster: tables of halves that need no gradient."""
-    if any(x.numel() < MIN_ELEMENTS or not x.is_contiguous() for x in heads):
+    if any(x.numel() < MIN_ELEMENTS or x.dim() != 4 or x.shape[-1] % 2 or not x.is_contiguous() for x in heads):
         return False
-    return len(rotation) == 2 and not learns(*rotation)
+    if len(rotation) != 2 or rotation[0].shape != rotation[1].shape or learns(*rotation):
+        return False
+    return all(rotation[0].shape in ((x.shape[1], x.shape[3]), (*x.shape[:2], x.shape[3])) for x in heads)
 
 
 def rotate(heads: tuple[Tensor, ...], rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -44,15 +46,15 @@ class _RotateHalves(torch.autograd.Function):
 def _rotated(x: Tensor, cos: Tensor, first_sin: Tensor, second_sin: Tensor) -> Tensor:
     """``(x1 * cos1 - x2 * first_sin, x2 * cos2 + x1 * second_sin)`` over the two halves of the last dim."""
     dtype, half = torch.promote_types(x.dtype, cos.dtype), x.shape[-1] // 2
-    rows = x.reshape(-1, *x.shape[2:])
+    y = empty_like(x)
+    rows, places = x.reshape(-1, *x.shape[2:]), y.view(-1, *x.shape[2:])
     cos, first_sin, second_sin = (
         table.to(dtype).expand(*x.shape[:2], -1).reshape(len(rows), 1, -1) for table in (cos, first_sin, second_sin)
     )
-    y = empty_like(rows)
     for block in row_blocks(rows):
         wide = rows[block].to(dtype)
-        out = torch.mul(wide, cos[block], out=y[block] if y.dtype == dtype else None)
+        out = torch.mul(wide, cos[block], out=places[block] if y.dtype == dtype else None)
         out[..., :half] -= wide[..., half:] * first_sin[block]
         out[..., half:] += wide[..., :half] * second_sin[block]
-        y[block] = out
-    return y.view(x.shape)
+        places[block] = out
+    return y

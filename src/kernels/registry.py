@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from . import cpu_embedding, cpu_linear, cpu_norm, cpu_rope
 
@@ -43,9 +44,9 @@ def lookup(op: str, *arguments: Any) -> Kernel | None:
     """The kernel of ``op`` for these arguments, the first of which is a tensor or a tuple of tensors; None without one.
 
     Triton's on a GPU, where it is installed; on a CPU those that are faster than the body for tensors of this size.
-    There is none while torch.compile traces (it fuses the reference body) or a transform of ``torch.func`` is active,
-    for tensor subclasses, and for dtypes and shapes that the kernel does not serve. The answer depends on nothing that
-    differs between ranks. Gradients of kernels cannot be differentiated again.
+    There is none while torch.compile traces (it fuses the reference body), or a transform of ``torch.func`` or
+    forward-mode AD is active, for tensor subclasses, and for dtypes and shapes that the kernel does not serve. The
+    answer depends on nothing that differs between ranks. Gradients of kernels cannot be batched or taken again.
     """
     if torch.compiler.is_compiling():
         return None
@@ -53,7 +54,7 @@ def lookup(op: str, *arguments: Any) -> Kernel | None:
     home = _CPU.get(op) if first.is_cpu and "cpu" not in DEVICES else _triton(op, first.device.type)
     if home is None or not home.supports(*arguments):
         return None
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return None
     device = first.device
     if any(type(tensor) not in (Tensor, nn.Parameter) or tensor.device != device for tensor in _tensors(arguments)):

@@ -165,14 +165,14 @@ class _Blocked(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(*saved, *operands)
         ctx.plan = plan
-        return per_token.view_as(per_token)
+        return per_token.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         plan: _Plan = ctx.plan
-        count = len(plan.pieces)
-        saved, operands = ctx.saved_tensors[: -3 * count], ctx.saved_tensors[-3 * count :]
+        count, found = len(plan.pieces), ctx.saved_tensors
+        saved, operands = found[: -3 * count], found[-3 * count :]
         with torch.autocast(grad.device.type, enabled=False):
             grads = [
                 _gradients(i, operands[i::count], ctx.needs_input_grad[3 + i :: count], saved, grad, plan)

@@ -98,7 +98,7 @@ class _Loss(torch.autograd.Function):
         ctx.save_for_backward(*saved, *tensors)
         ctx.criterion, ctx.pieces, ctx.inplace, ctx.spent = criterion, pieces, inplace, False
         ctx.num_saved = len(saved)
-        return per_token.view_as(per_token)
+        return per_token.clone()  # a view could not be modified in place
 
     @staticmethod
     @once_differentiable
@@ -107,7 +107,8 @@ class _Loss(torch.autograd.Function):
             raise RuntimeError(
                 "a second backward through a cross-entropy with inplace_backward=True, whose logits hold their gradient"
             )
-        saved, tensors = ctx.saved_tensors[: ctx.num_saved], ctx.saved_tensors[ctx.num_saved :]
+        found = ctx.saved_tensors  # recomputation gives them once
+        saved, tensors = found[: ctx.num_saved], found[ctx.num_saved :]
         if not ctx.inplace:
             grads = [empty_like(rows) for rows in tensors]
             write_gradients(grads, tensors, ctx.pieces, saved, grad, ctx.criterion)

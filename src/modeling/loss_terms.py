@@ -178,33 +178,45 @@ def write_gradients(
             kernel(outs[piece.tensor], tensors[piece.tensor], targets, piece, (top, log_sum), grad, criterion)
         return
     grad = grad.masked_fill(~kept, 0)[:, None]
-    slope_target, slope_all = criterion.slopes
-    lowest = torch.finfo(top.dtype).min
-    compiling = torch.compiler.is_compiling()
     lse = top + log_sum
     # What turns a softmax within a piece into the slope of the loss by log-sum-exp.
     shares = local[:, 1] * (local[:, 0] - top - log_sum).exp() * (1 + 2 * criterion.z_loss * lse)
     for piece, share in zip(pieces, shares, strict=True):
         out, rows = outs[piece.tensor], tensors[piece.tensor]
         out[:, piece.columns.stop : piece.stop] = 0
-        if piece.valid == 0:
-            continue
-        owned, column = piece.locate(targets)
-        at_target = (-slope_target * grad).masked_fill(~owned[:, None], 0)
-        by_softmax = share[:, None] * grad
-        finite = _known((share > 0) & (top > lowest))
-        for block in piece.blocks(len(rows)):
-            place, x = out[block, piece.columns], rows[block, piece.columns].to(share.dtype)
-            x = x if finite else x.clamp_min(lowest)
-            direct = place.dtype == x.dtype and not compiling
-            softmax = torch.softmax(x, -1, out=place) if direct else torch.softmax(x, -1)
-            slope = softmax.mul_(by_softmax[block])
-            if slope_all:
-                slope.sub_(slope_all * grad[block])
-            if compiling:  # Inductor would keep all slopes in float32 for a scatter
-                here = torch.arange(piece.valid, device=rows.device) == column[block, None]
-                slope = slope + torch.where(here, at_target[block], 0)
-            else:
-                slope.scatter_add_(-1, column[block, None], at_target[block])
-            if not direct:
-                place.copy_(slope)
+        if piece.valid:
+            known = _known((share > 0) & (top > torch.finfo(top.dtype).min))
+            _write_slopes(out[:, piece.columns], rows[:, piece.columns], piece, targets, share, grad, criterion, known)
+
+
+def _write_slopes(
+    out: Tensor,
+    rows: Tensor,
+    piece: Piece,
+    targets: Tensor,
+    share: Tensor,
+    grad: Tensor,
+    criterion: Criterion,
+    known: bool,
+) -> None:
+    """The gradient in the real columns of one logical shard, of which each row is ``known`` to have finite logits."""
+    slope_target, slope_all = criterion.slopes
+    compiling, lowest = torch.compiler.is_compiling(), torch.finfo(share.dtype).min
+    owned, column = piece.locate(targets)
+    at_target = (-slope_target * grad).masked_fill(~owned[:, None], 0)
+    by_softmax = share[:, None] * grad
+    for block in piece.blocks(len(rows)):
+        place, x = out[block], rows[block].to(share.dtype)
+        x = x if known else x.clamp_min(lowest)
+        direct = place.dtype == x.dtype and not compiling
+        softmax = torch.softmax(x, -1, out=place) if direct else torch.softmax(x, -1)
+        slope = softmax.mul_(by_softmax[block])
+        if slope_all:
+            slope.sub_(slope_all * grad[block])
+        if compiling:  # Inductor would keep all slopes in float32 for a scatter
+            here = torch.arange(piece.valid, device=rows.device) == column[block, None]
+            slope = slope + torch.where(here, at_target[block], 0)
+        else:
+            slope.scatter_add_(-1, column[block, None], at_target[block])
+        if not direct:
+            place.copy_(slope)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..distributed.group import Group, as_group
@@ -46,7 +45,7 @@ class VocabEmbedding(nn.Module):
         Raises TypeError for ids that are not int32 or int64, ValueError for ids outside ``[0, v)``.
         """
         check_ids("ids", ids, self.vocab_size, rank=0)
-        return F.embedding(ids.to(self.weight.device), self.weight).to(ids.device)
+        return shard_embedding(ids.to(self.weight.device), self.weight, 0).to(ids.device)
 
 
 class ParallelVocabEmbedding(nn.Module):
