@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from src import Group
+from src.functional import shard_embedding
 from src.kernels import cpu_embedding
 from src.modeling import ParallelVocabEmbedding, vocab_parallel_linear_cross_entropy
 from src.testing import Ranks
@@ -125,3 +126,23 @@ def test_a_table_that_is_the_head_too(decisions: list[bool], whole_tables: Calla
         grads.append(call(layer.weight))
     assert decisions == [False, True] and grads[0].layout == torch.strided
     assert torch.equal(*grads)
+
+
+class Named(torch.autograd.Function):
+    """Keeps its input under the name that the node of a leaf has for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.variable = x
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        assert grad.layout == torch.strided
+        return grad
+
+
+def test_a_table_that_is_no_leaf() -> None:
+    table = torch.ones(VOCAB, WIDTH, requires_grad=True)
+    for ids, grad in batches():
+        shard_embedding(ids, Named.apply(table), 0).backward(grad)
