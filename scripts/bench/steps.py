@@ -39,7 +39,7 @@ SIZES = {
 }
 BARS = {
     "medium": {"megatron": 0.95, "dtensor": 0.80, "transformers": 0.70},
-    "small": {"megatron": 0.60, "dtensor": 0.30, "transformers": 0.30},
+    "small": {"megatron": 0.60, "dtensor": 0.30},
     "medium, gloo": {"megatron": 0.95, "dtensor": 0.80, "transformers": 0.70},
     "small, gloo": {"megatron": 0.90, "dtensor": 0.45},
 }
