@@ -25,7 +25,7 @@ class Piece(Protocol):
 
 
 class Criterion(Protocol):
-    """What is asked of a cross-entropy; the slopes are those of a token's loss in its target's and in every logit."""
+    """What is asked of a cross-entropy; the slopes of a token's loss in its target's and in every logit, negated."""
 
     @property
     def vocab_size(self) -> int: ...
