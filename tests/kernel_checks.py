@@ -352,3 +352,30 @@ def test_cross_entropy_gradient_takes_any_scale() -> None:
     logits, targets = numbers(0, 3, 37, dtype=torch.float16), torch.tensor([1, 5, 36], device=DEVICE)
     f = lambda x: vocab_parallel_cross_entropy(x, targets, group=None, label_smoothing=0.1)  # noqa: E731
     compare(f, logits, scale=1000)
+
+
+@dtypes
+@pytest.mark.parametrize("num_shards", [1, 2, 4])
+@pytest.mark.parametrize("smoothing, z_loss", [(0.0, 0.0), (0.1, 0.01)])
+def test_cross_entropy_of_rows_of_minus_infinity(
+    dtype: torch.dtype, num_shards: int, smoothing: float, z_loss: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one of two shards, with the target there and elsewhere, in all of them, beside a NaN and beside the lowest
+    number; kept and ignored. As the body of the same dtype has it: the log-sum-exp of such a row depends on that."""
+    targets = torch.tensor([30, 3, 3, 30, 3, 30, -100, -100], device=DEVICE)
+    logits, grad = numbers(0, 8, 40, dtype=dtype), numbers(1, 8)
+    logits[[0, 1, 6], :20] = logits[2:6] = logits[7] = -math.inf
+    logits[4, 3], logits[5, 30] = torch.finfo(torch.float32).min, math.nan
+
+    def f(logits: Tensor) -> Tensor:
+        options: dict[str, Any] = {"vocab_size": 37, "label_smoothing": smoothing, "z_loss": z_loss}
+        group = Group.single(num_shards)
+        return vocab_parallel_cross_entropy(logits, targets, group=group, reduction="none", **options)
+
+    got = results(f, [logits], [grad])
+    monkeypatch.setattr(registry, "DEVICES", ())
+    for kernel, body in zip(got, results(f, [logits], [grad]), strict=True):
+        tolerance = 2 * EPSILON[dtype]
+        torch.testing.assert_close(kernel, body, rtol=tolerance, atol=tolerance, equal_nan=True)
+    assert not got[0][6:].any() and not got[1][6:].any()
+    assert got[1][5].isnan().any() and not got[1][:5].isnan().any()
