@@ -133,6 +133,31 @@ def test_add_and_norm_of_which_one_output_is_used(which: int) -> None:
     compare(lambda x, r: fn.add_rms_norm(x, r, weight, 1e-5)[which], numbers(0, 5, 12), numbers(2, 5, 12))
 
 
+@dtypes
+@pytest.mark.parametrize("function, inputs", [(fn.rms_norm, 2), (fn.add_rms_norm, 3)])
+def test_norms_compute_no_gradient_that_nobody_wants(
+    dtype: torch.dtype, function: Callable[..., Any], inputs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that is left has the bits that it has beside the others."""
+    tensors = [*(numbers(i, 5, 12, dtype=dtype) for i in range(inputs - 1)), numbers(2, 12)]
+    grads = [numbers(2 + i, 5, 12, dtype=dtype) for i in range(1, inputs)]
+    together = results(lambda *leaves: function(*leaves, 1e-5), tensors, grads)[-inputs:]
+    written: list[tuple[bool, bool]] = []
+
+    def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
+        if kernel is norm._backward:
+            dx, partial = arguments[4:6]
+            written.append((dx is not None, partial is not None))
+        start(kernel, grid, *arguments, **settings)
+
+    start = norm.launch
+    monkeypatch.setattr(norm, "launch", launch)
+    for i, want in enumerate(together):
+        alone = lambda leaf: function(*tensors[:i], leaf, *tensors[i + 1 :], 1e-5)  # noqa: B023, E731
+        assert torch.equal(results(alone, [tensors[i]], grads)[-1], want)
+    assert written == [(True, False)] * (inputs - 1) + [(False, True)]
+
+
 def test_add_and_norm_of_strided_and_shared_input() -> None:
     x, weight = numbers(0, 12, 5), numbers(1, 12)
     compare(lambda x, r, w: fn.add_rms_norm(x.t(), r.t(), w, 1e-5), x, numbers(2, 12, 5), weight)
