@@ -84,9 +84,10 @@ def test_norm(dtype: torch.dtype, shape: tuple[int, ...], size: int, served: lis
     assert got[0].dtype == dtype and served == 3 * ["group_rms_norm"]
 
 
-def test_norm_with_several_rows_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+@dtypes
+def test_norm_with_several_rows_a_program(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(norm, "PARTS", 2)
-    compare(lambda x, w: fn.group_rms_norm(x, w, 12, 1e-5), numbers(0, 11, 36), numbers(1, 36))
+    compare(lambda x, w: fn.group_rms_norm(x, w, 12, 1e-5), numbers(0, 11, 36, dtype=dtype), numbers(1, 36))
 
 
 @pytest.mark.parametrize("dtype, weight_dtype", [(torch.float32, torch.float16), (torch.float16, torch.bfloat16)])
@@ -121,9 +122,10 @@ def test_add_and_norm_has_the_bits_of_both_apart(dtype: torch.dtype, shape: tupl
     assert torch.equal(normed, fn.group_rms_norm(total, weight, size, 1e-5))
 
 
-def test_add_and_norm_with_several_rows_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+@dtypes
+def test_add_and_norm_with_several_rows_a_program(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(norm, "PARTS", 2)
-    x, residual, weight = numbers(0, 11, 36), numbers(2, 11, 36), numbers(1, 36)
+    x, residual, weight = numbers(0, 11, 36, dtype=dtype), numbers(2, 11, 36, dtype=dtype), numbers(1, 36)
     compare(lambda x, r, w: fn.add_group_rms_norm(x, r, w, 12, 1e-5), x, residual, weight)
 
 
@@ -184,8 +186,9 @@ def test_norm_without_eps_keeps_absent_rows_out_of_the_sum(monkeypatch: pytest.M
     compare(lambda x, w: fn.rms_norm(x, w, 0.0), numbers(0, 3, 12), numbers(1, 12))
 
 
-def test_norm_of_strided_input() -> None:
-    x, weight = numbers(0, 12, 5).t(), numbers(1, 12)
+@dtypes
+def test_norm_of_strided_input(dtype: torch.dtype) -> None:
+    x, weight = numbers(0, 12, 5, dtype=dtype).t(), numbers(1, 12)
     got = compare(lambda x, w: fn.group_rms_norm(x, w, 6, 1e-5), x, weight)
     assert got[0].is_contiguous()
 
@@ -201,26 +204,29 @@ def test_swiglu(dtype: torch.dtype, shape: tuple[int, ...], served: list[str]) -
     assert served == 3 * ["swiglu"]
 
 
+@dtypes
 @pytest.mark.parametrize("shape", [(3, 10), (2, 2, 4200), (1, 3, 2)])
-def test_swiglu_of_halves_of_one_tensor_copies_nothing(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_swiglu_of_halves_of_one_tensor_copies_nothing(
+    dtype: torch.dtype, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where the gradient of the result, or one half alone, lies apart."""
     monkeypatch.setattr(Tensor, "contiguous", lambda x: pytest.fail("a copy"))
-    packed = numbers(0, *shape, scale=3)
+    packed = numbers(0, *shape, dtype=dtype, scale=3)
     gate, up = packed.chunk(2, -1)
     compare(lambda x: fn.swiglu(*x.chunk(2, -1)), packed, factor=2)
     compare(lambda gate: fn.swiglu(gate, up.to(gate.dtype)), gate.clone(), factor=2)
     compare(lambda x: torch.cat([fn.swiglu(*x.chunk(2, -1)), x], -1), packed, factor=2)
 
 
-def test_swiglu_of_strided_columns() -> None:
+@dtypes
+def test_swiglu_of_strided_columns(dtype: torch.dtype) -> None:
     """Gaps between channels, rows without a common distance, one row for all."""
-    rows = numbers(0, 6, 5)
+    rows = numbers(0, 6, 5, dtype=dtype)
     compare(lambda x: fn.swiglu(x.t(), x.t().flip(0)), rows, factor=2)
-    compare(
-        lambda x: fn.swiglu(x[:, :, :2].transpose(0, 1), x[:, :, 3:].transpose(0, 1)), numbers(1, 2, 3, 5), factor=2
-    )
+    heads = numbers(1, 2, 3, 5, dtype=dtype)
+    compare(lambda x: fn.swiglu(x[:, :, :2].transpose(0, 1), x[:, :, 3:].transpose(0, 1)), heads, factor=2)
     compare(lambda x: fn.swiglu(x[:1].expand(6, 5), x), rows, factor=2)
-    compare(lambda x: fn.swiglu(x[::2], x[1::2]), numbers(2, 8), factor=2)
+    compare(lambda x: fn.swiglu(x[::2], x[1::2]), numbers(2, 8, dtype=dtype), factor=2)
 
 
 def test_swiglu_of_extreme_gates() -> None:
@@ -254,10 +260,11 @@ def test_rotation_by_tables_whose_halves_differ_in_a_narrow_dtype(served: list[s
     assert served == 3 * ["rotate"]
 
 
+@dtypes
 @pytest.mark.parametrize("kind", ["halves", "neighbours"])
-def test_rotation_of_strided_heads(kind: str) -> None:
+def test_rotation_of_strided_heads(dtype: torch.dtype, kind: str) -> None:
     rotation = tables(kind, 3, 8, None, torch.float32)
-    packed, apart = numbers(0, 2, 3, 5, 8), numbers(1, 2, 3, 8, 2).transpose(2, 3)
+    packed, apart = numbers(0, 2, 3, 5, 8, dtype=dtype), numbers(1, 2, 3, 8, 2, dtype=dtype).transpose(2, 3)
     compare(lambda q, k: fn.rotate_queries_and_keys(q, k, rotation), packed[:, :, 1:4], apart)
 
     def attended(q: Tensor, k: Tensor) -> Tensor:
@@ -317,11 +324,14 @@ def test_cross_entropy(
     assert not grad[2].any() and not grad[:, vocab_size:].any()
 
 
+@dtypes
 @pytest.mark.parametrize("num_shards", [1, 2, 4])
-def test_cross_entropy_of_a_shard_among_others(num_shards: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cross_entropy_of_a_shard_among_others(
+    dtype: torch.dtype, num_shards: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The last of four has no real columns, one of two a few, the first far larger ones; tokens fill two programs."""
     monkeypatch.setattr(cross_entropy, "TOKENS", 2)
-    logits, targets = numbers(0, 3, 76), torch.tensor([1, 40, 49], device=DEVICE)
+    logits, targets = numbers(0, 3, 76, dtype=dtype), torch.tensor([1, 40, 49], device=DEVICE)
     logits[0, :19] += 200
 
     def f(logits: Tensor) -> Tensor:
@@ -352,8 +362,10 @@ def test_cross_entropy_over_its_logits(dtype: torch.dtype, num_shards: int, serv
         squares.backward()
 
 
-def test_linear_cross_entropy(served: list[str]) -> None:
-    hidden, weight, targets = numbers(0, 5, 16), numbers(1, 74, 16), torch.tensor(TARGETS, device=DEVICE) % 70
+@dtypes
+def test_linear_cross_entropy(dtype: torch.dtype, served: list[str]) -> None:
+    hidden, weight = numbers(0, 5, 16, dtype=dtype), numbers(1, 74, 16, dtype=dtype)
+    targets = torch.tensor(TARGETS, device=DEVICE) % 70
 
     def f(hidden: Tensor, weight: Tensor, block_tokens: int | None) -> Tensor:
         options: dict[str, Any] = {"group": Group.single(2), "vocab_size": 70, "reduction": "none"}
@@ -364,9 +376,11 @@ def test_linear_cross_entropy(served: list[str]) -> None:
     assert served.count("cross_entropy_gradient") == 2 * (1 + 2 * 3)  # two runs; of three blocks each shard's own
 
 
+@dtypes
 @pytest.mark.parametrize("offset", [0.0, 1e4, -1e4])
-def test_cross_entropy_far_from_zero_and_with_no_chance(offset: float) -> None:
-    logits, targets = numbers(0, 4, 37, scale=4).round() + offset, torch.tensor([1, 5, 36, 9], device=DEVICE)
+def test_cross_entropy_far_from_zero_and_with_no_chance(dtype: torch.dtype, offset: float) -> None:
+    logits = (numbers(0, 4, 37, scale=4).round() + offset).to(dtype)
+    targets = torch.tensor([1, 5, 36, 9], device=DEVICE)
     logits[0, 2:30] = -math.inf
     logits[2, :36] = -math.inf
     loss_, grad = compare(lambda x: vocab_parallel_cross_entropy(x, targets, group=None, reduction="none"), logits)
