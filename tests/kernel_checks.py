@@ -394,7 +394,7 @@ def test_cross_entropy_gradient_takes_any_scale() -> None:
 
 
 @dtypes
-@pytest.mark.parametrize("num_shards", [1, 2, 4])
+@pytest.mark.parametrize("num_shards", [1, 2])
 @pytest.mark.parametrize("smoothing, z_loss", [(0.0, 0.0), (0.1, 0.01)])
 def test_cross_entropy_of_rows_of_minus_infinity(
     dtype: torch.dtype, num_shards: int, smoothing: float, z_loss: float, monkeypatch: pytest.MonkeyPatch
