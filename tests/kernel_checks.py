@@ -400,11 +400,14 @@ def test_cross_entropy_of_rows_of_minus_infinity(
     dtype: torch.dtype, num_shards: int, smoothing: float, z_loss: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In one of two shards, with the target there and elsewhere, in all of them, beside a NaN and beside the lowest
-    number; kept and ignored. As the body of the same dtype has it: the log-sum-exp of such a row depends on that."""
+    number; kept and ignored, once with an infinite gradient.
+
+    As the body of the same dtype has it: the log-sum-exp of such a row depends on that.
+    """
     targets = torch.tensor([30, 3, 3, 30, 3, 30, -100, -100], device=DEVICE)
     logits, grad = numbers(0, 8, 40, dtype=dtype), numbers(1, 8)
     logits[[0, 1, 6], :20] = logits[2:6] = logits[7] = -math.inf
-    logits[4, 3], logits[5, 30] = torch.finfo(torch.float32).min, math.nan
+    logits[4, 3], logits[5, 30], grad[7] = torch.finfo(torch.float32).min, math.nan, math.inf
 
     def f(logits: Tensor) -> Tensor:
         options: dict[str, Any] = {"vocab_size": 37, "label_smoothing": smoothing, "z_loss": z_loss}
