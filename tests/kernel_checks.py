@@ -265,6 +265,7 @@ def test_rotation_by_tables_whose_halves_differ_in_a_narrow_dtype(served: list[s
 def test_rotation_of_strided_heads(dtype: torch.dtype, kind: str) -> None:
     rotation = tables(kind, 3, 8, None, torch.float32)
     packed, apart = numbers(0, 2, 3, 5, 8, dtype=dtype), numbers(1, 2, 3, 8, 2, dtype=dtype).transpose(2, 3)
+    compare(lambda x: fn.rotate_queries_and_keys(x[:, :, 1:3], x[:, :, 3:], rotation), packed)
     compare(lambda q, k: fn.rotate_queries_and_keys(q, k, rotation), packed[:, :, 1:4], apart)
 
     def attended(q: Tensor, k: Tensor) -> Tensor:
