@@ -84,9 +84,10 @@ def test_norm(dtype: torch.dtype, shape: tuple[int, ...], size: int, served: lis
     assert got[0].dtype == dtype and served == 3 * ["group_rms_norm"]
 
 
-def test_norm_with_several_rows_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+@dtypes
+def test_norm_with_several_rows_a_program(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(norm, "PARTS", 2)
-    compare(lambda x, w: fn.group_rms_norm(x, w, 12, 1e-5), numbers(0, 11, 36), numbers(1, 36))
+    compare(lambda x, w: fn.group_rms_norm(x, w, 12, 1e-5), numbers(0, 11, 36, dtype=dtype), numbers(1, 36))
 
 
 @pytest.mark.parametrize("dtype, weight_dtype", [(torch.float32, torch.float16), (torch.float16, torch.bfloat16)])
@@ -121,9 +122,10 @@ def test_add_and_norm_has_the_bits_of_both_apart(dtype: torch.dtype, shape: tupl
     assert torch.equal(normed, fn.group_rms_norm(total, weight, size, 1e-5))
 
 
-def test_add_and_norm_with_several_rows_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+@dtypes
+def test_add_and_norm_with_several_rows_a_program(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(norm, "PARTS", 2)
-    x, residual, weight = numbers(0, 11, 36), numbers(2, 11, 36), numbers(1, 36)
+    x, residual, weight = numbers(0, 11, 36, dtype=dtype), numbers(2, 11, 36, dtype=dtype), numbers(1, 36)
     compare(lambda x, r, w: fn.add_group_rms_norm(x, r, w, 12, 1e-5), x, residual, weight)
 
 
@@ -131,6 +133,31 @@ def test_add_and_norm_with_several_rows_a_program(monkeypatch: pytest.MonkeyPatc
 def test_add_and_norm_of_which_one_output_is_used(which: int) -> None:
     weight = numbers(1, 12)
     compare(lambda x, r: fn.add_rms_norm(x, r, weight, 1e-5)[which], numbers(0, 5, 12), numbers(2, 5, 12))
+
+
+@dtypes
+@pytest.mark.parametrize("function, inputs", [(fn.rms_norm, 2), (fn.add_rms_norm, 3)])
+def test_norms_compute_no_gradient_that_nobody_wants(
+    dtype: torch.dtype, function: Callable[..., Any], inputs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that is left has the bits that it has beside the others."""
+    tensors = [*(numbers(i, 5, 12, dtype=dtype) for i in range(inputs - 1)), numbers(2, 12)]
+    grads = [numbers(2 + i, 5, 12, dtype=dtype) for i in range(1, inputs)]
+    together = results(lambda *leaves: function(*leaves, 1e-5), tensors, grads)[-inputs:]
+    written: list[tuple[bool, bool]] = []
+
+    def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
+        if kernel is norm._backward:
+            dx, partial = arguments[4:6]
+            written.append((dx is not None, partial is not None))
+        start(kernel, grid, *arguments, **settings)
+
+    start = norm.launch
+    monkeypatch.setattr(norm, "launch", launch)
+    for i, want in enumerate(together):
+        alone = lambda leaf: function(*tensors[:i], leaf, *tensors[i + 1 :], 1e-5)  # noqa: B023, E731
+        assert torch.equal(results(alone, [tensors[i]], grads)[-1], want)
+    assert written == [(True, False)] * (inputs - 1) + [(False, True)]
 
 
 def test_add_and_norm_of_strided_and_shared_input() -> None:
@@ -159,8 +186,9 @@ def test_norm_without_eps_keeps_absent_rows_out_of_the_sum(monkeypatch: pytest.M
     compare(lambda x, w: fn.rms_norm(x, w, 0.0), numbers(0, 3, 12), numbers(1, 12))
 
 
-def test_norm_of_strided_input() -> None:
-    x, weight = numbers(0, 12, 5).t(), numbers(1, 12)
+@dtypes
+def test_norm_of_strided_input(dtype: torch.dtype) -> None:
+    x, weight = numbers(0, 12, 5, dtype=dtype).t(), numbers(1, 12)
     got = compare(lambda x, w: fn.group_rms_norm(x, w, 6, 1e-5), x, weight)
     assert got[0].is_contiguous()
 
@@ -176,26 +204,29 @@ def test_swiglu(dtype: torch.dtype, shape: tuple[int, ...], served: list[str]) -
     assert served == 3 * ["swiglu"]
 
 
+@dtypes
 @pytest.mark.parametrize("shape", [(3, 10), (2, 2, 4200), (1, 3, 2)])
-def test_swiglu_of_halves_of_one_tensor_copies_nothing(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_swiglu_of_halves_of_one_tensor_copies_nothing(
+    dtype: torch.dtype, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where the gradient of the result, or one half alone, lies apart."""
     monkeypatch.setattr(Tensor, "contiguous", lambda x: pytest.fail("a copy"))
-    packed = numbers(0, *shape, scale=3)
+    packed = numbers(0, *shape, dtype=dtype, scale=3)
     gate, up = packed.chunk(2, -1)
     compare(lambda x: fn.swiglu(*x.chunk(2, -1)), packed, factor=2)
     compare(lambda gate: fn.swiglu(gate, up.to(gate.dtype)), gate.clone(), factor=2)
     compare(lambda x: torch.cat([fn.swiglu(*x.chunk(2, -1)), x], -1), packed, factor=2)
 
 
-def test_swiglu_of_strided_columns() -> None:
+@dtypes
+def test_swiglu_of_strided_columns(dtype: torch.dtype) -> None:
     """Gaps between channels, rows without a common distance, one row for all."""
-    rows = numbers(0, 6, 5)
+    rows = numbers(0, 6, 5, dtype=dtype)
     compare(lambda x: fn.swiglu(x.t(), x.t().flip(0)), rows, factor=2)
-    compare(
-        lambda x: fn.swiglu(x[:, :, :2].transpose(0, 1), x[:, :, 3:].transpose(0, 1)), numbers(1, 2, 3, 5), factor=2
-    )
+    heads = numbers(1, 2, 3, 5, dtype=dtype)
+    compare(lambda x: fn.swiglu(x[:, :, :2].transpose(0, 1), x[:, :, 3:].transpose(0, 1)), heads, factor=2)
     compare(lambda x: fn.swiglu(x[:1].expand(6, 5), x), rows, factor=2)
-    compare(lambda x: fn.swiglu(x[::2], x[1::2]), numbers(2, 8), factor=2)
+    compare(lambda x: fn.swiglu(x[::2], x[1::2]), numbers(2, 8, dtype=dtype), factor=2)
 
 
 def test_swiglu_of_extreme_gates() -> None:
@@ -229,10 +260,12 @@ def test_rotation_by_tables_whose_halves_differ_in_a_narrow_dtype(served: list[s
     assert served == 3 * ["rotate"]
 
 
+@dtypes
 @pytest.mark.parametrize("kind", ["halves", "neighbours"])
-def test_rotation_of_strided_heads(kind: str) -> None:
+def test_rotation_of_strided_heads(dtype: torch.dtype, kind: str) -> None:
     rotation = tables(kind, 3, 8, None, torch.float32)
-    packed, apart = numbers(0, 2, 3, 5, 8), numbers(1, 2, 3, 8, 2).transpose(2, 3)
+    packed, apart = numbers(0, 2, 3, 5, 8, dtype=dtype), numbers(1, 2, 3, 8, 2, dtype=dtype).transpose(2, 3)
+    compare(lambda x: fn.rotate_queries_and_keys(x[:, :, 1:3], x[:, :, 3:], rotation), packed)
     compare(lambda q, k: fn.rotate_queries_and_keys(q, k, rotation), packed[:, :, 1:4], apart)
 
     def attended(q: Tensor, k: Tensor) -> Tensor:
@@ -292,11 +325,14 @@ def test_cross_entropy(
     assert not grad[2].any() and not grad[:, vocab_size:].any()
 
 
+@dtypes
 @pytest.mark.parametrize("num_shards", [1, 2, 4])
-def test_cross_entropy_of_a_shard_among_others(num_shards: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cross_entropy_of_a_shard_among_others(
+    dtype: torch.dtype, num_shards: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The last of four has no real columns, one of two a few, the first far larger ones; tokens fill two programs."""
     monkeypatch.setattr(cross_entropy, "TOKENS", 2)
-    logits, targets = numbers(0, 3, 76), torch.tensor([1, 40, 49], device=DEVICE)
+    logits, targets = numbers(0, 3, 76, dtype=dtype), torch.tensor([1, 40, 49], device=DEVICE)
     logits[0, :19] += 200
 
     def f(logits: Tensor) -> Tensor:
@@ -327,8 +363,10 @@ def test_cross_entropy_over_its_logits(dtype: torch.dtype, num_shards: int, serv
         squares.backward()
 
 
-def test_linear_cross_entropy(served: list[str]) -> None:
-    hidden, weight, targets = numbers(0, 5, 16), numbers(1, 74, 16), torch.tensor(TARGETS, device=DEVICE) % 70
+@dtypes
+def test_linear_cross_entropy(dtype: torch.dtype, served: list[str]) -> None:
+    hidden, weight = numbers(0, 5, 16, dtype=dtype), numbers(1, 74, 16, dtype=dtype)
+    targets = torch.tensor(TARGETS, device=DEVICE) % 70
 
     def f(hidden: Tensor, weight: Tensor, block_tokens: int | None) -> Tensor:
         options: dict[str, Any] = {"group": Group.single(2), "vocab_size": 70, "reduction": "none"}
@@ -339,9 +377,11 @@ def test_linear_cross_entropy(served: list[str]) -> None:
     assert served.count("cross_entropy_gradient") == 2 * (1 + 2 * 3)  # two runs; of three blocks each shard's own
 
 
+@dtypes
 @pytest.mark.parametrize("offset", [0.0, 1e4, -1e4])
-def test_cross_entropy_far_from_zero_and_with_no_chance(offset: float) -> None:
-    logits, targets = numbers(0, 4, 37, scale=4).round() + offset, torch.tensor([1, 5, 36, 9], device=DEVICE)
+def test_cross_entropy_far_from_zero_and_with_no_chance(dtype: torch.dtype, offset: float) -> None:
+    logits = (numbers(0, 4, 37, scale=4).round() + offset).to(dtype)
+    targets = torch.tensor([1, 5, 36, 9], device=DEVICE)
     logits[0, 2:30] = -math.inf
     logits[2, :36] = -math.inf
     loss_, grad = compare(lambda x: vocab_parallel_cross_entropy(x, targets, group=None, reduction="none"), logits)
@@ -352,3 +392,33 @@ def test_cross_entropy_gradient_takes_any_scale() -> None:
     logits, targets = numbers(0, 3, 37, dtype=torch.float16), torch.tensor([1, 5, 36], device=DEVICE)
     f = lambda x: vocab_parallel_cross_entropy(x, targets, group=None, label_smoothing=0.1)  # noqa: E731
     compare(f, logits, scale=1000)
+
+
+@dtypes
+@pytest.mark.parametrize("num_shards", [1, 2])
+@pytest.mark.parametrize("smoothing, z_loss", [(0.0, 0.0), (0.1, 0.01)])
+def test_cross_entropy_of_rows_of_minus_infinity(
+    dtype: torch.dtype, num_shards: int, smoothing: float, z_loss: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one of two shards, with the target there and elsewhere, in all of them, beside a NaN and beside the lowest
+    number; kept and ignored, once with an infinite gradient.
+
+    As the body of the same dtype has it: the log-sum-exp of such a row depends on that.
+    """
+    targets = torch.tensor([30, 3, 3, 30, 3, 30, -100, -100], device=DEVICE)
+    logits, grad = numbers(0, 8, 40, dtype=dtype), numbers(1, 8)
+    logits[[0, 1, 6], :20] = logits[2:6] = logits[7] = -math.inf
+    logits[4, 3], logits[5, 30], grad[7] = torch.finfo(torch.float32).min, math.nan, math.inf
+
+    def f(logits: Tensor) -> Tensor:
+        options: dict[str, Any] = {"vocab_size": 37, "label_smoothing": smoothing, "z_loss": z_loss}
+        group = Group.single(num_shards)
+        return vocab_parallel_cross_entropy(logits, targets, group=group, reduction="none", **options)
+
+    got = results(f, [logits], [grad])
+    monkeypatch.setattr(registry, "DEVICES", ())
+    for kernel, body in zip(got, results(f, [logits], [grad]), strict=True):
+        tolerance = 2 * EPSILON[dtype]
+        torch.testing.assert_close(kernel, body, rtol=tolerance, atol=tolerance, equal_nan=True)
+    assert not got[0][6:].any() and not got[1][6:].any()
+    assert got[1][5].isnan().any() and not got[1][:5].isnan().any()

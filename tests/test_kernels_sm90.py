@@ -6,6 +6,7 @@ import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,14 +96,28 @@ def add_norm_of(width: int, size: int, dtype: torch.dtype = torch.bfloat16) -> N
     there_and_back(lambda *leaves: norm.add_group_rms_norm(*leaves, size, 1e-5), x, residual, weight)
 
 
-def rotation_of(kind: str, nq: int, nk: int) -> None:
+def frozen_norm_of(width: int, size: int, dtype: torch.dtype = torch.bfloat16) -> None:
+    weight = empty(width, dtype=dtype)
+    there_and_back(lambda x: norm.group_rms_norm(x, weight, size, 1e-5), empty(64, width, dtype=dtype))
+
+
+def swiglu_of(width: int, dtype: torch.dtype = torch.bfloat16) -> None:
+    there_and_back(swiglu.swiglu, empty(16, width, dtype=dtype), empty(16, width, dtype=dtype))
+
+
+def swiglu_of_halves_of(width: int, dtype: torch.dtype = torch.bfloat16) -> None:
+    there_and_back(swiglu.swiglu, *empty(16, width, dtype=dtype).chunk(2, -1))
+
+
+def rotation_of(kind: str, nq: int, nk: int, dtype: torch.dtype = torch.bfloat16) -> None:
     tables = fn.rope_tables(64, 128, 1e4) if kind == "halves" else (fn.precompute_freqs_cis(128, 64),)
-    there_and_back(lambda q, k: rope.rotate((q, k), tables), empty(2, 64, nq, 128), empty(2, 64, nk, 128))
+    q, k = empty(2, 64, nq, 128, dtype=dtype), empty(2, 64, nk, 128, dtype=dtype)
+    there_and_back(lambda q, k: rope.rotate((q, k), tables), q, k)
 
 
-def embedding_of(width: int) -> None:
+def embedding_of(width: int, dtype: torch.dtype = torch.bfloat16) -> None:
     ids = torch.zeros(64, dtype=torch.int64)
-    there_and_back(lambda table: embedding.shard_embedding(ids, table, 16), empty(32, width))
+    there_and_back(lambda table: embedding.shard_embedding(ids, table, 16), empty(32, width, dtype=dtype))
 
 
 @dataclass
@@ -127,6 +142,13 @@ def cross_entropy_of(with_sum: bool, dtype: torch.dtype = torch.bfloat16) -> Non
 
 # The narrow loads and stores that each kernel may have for a thread: ids, targets, statistics of a row.
 NARROW = {"_gather": 1, "_sum": 2 + embedding.TOKENS, "_statistics": 2 + 4, "_gradient": 4}
+OF_A_DTYPE: dict[str, Callable[..., None]] = {
+    "swiglu": partial(swiglu_of, 3584),
+    "swiglu of halves": partial(swiglu_of_halves_of, 7168),
+    "halves": partial(rotation_of, "halves", 32, 8),
+    "neighbours": partial(rotation_of, "neighbours", 8, 1),
+    "embedding": partial(embedding_of, 4096),
+}
 CASES: dict[str, Callable[[], None]] = {
     "norm 4096": lambda: norm_of(4096, 4096),
     "norm 16384": lambda: norm_of(16384, 16384),
@@ -134,11 +156,7 @@ CASES: dict[str, Callable[[], None]] = {
     "norm groups of 64": lambda: norm_of(8192, 64),
     "add and norm 4096": lambda: add_norm_of(4096, 4096),
     "add and norm 16384": lambda: add_norm_of(16384, 16384),
-    "swiglu": lambda: there_and_back(swiglu.swiglu, empty(16, 3584), empty(16, 3584)),
-    "swiglu of halves": lambda: there_and_back(swiglu.swiglu, *empty(16, 2 * 3584).chunk(2, -1)),
-    "halves": lambda: rotation_of("halves", 32, 8),
-    "neighbours": lambda: rotation_of("neighbours", 8, 1),
-    "embedding": lambda: embedding_of(4096),
+    **OF_A_DTYPE,
     "cross-entropy": lambda: cross_entropy_of(False),
     "cross-entropy smoothing": lambda: cross_entropy_of(True),
 }
@@ -151,7 +169,13 @@ MORE: dict[str, Callable[[], None]] = {
     "add and norm 8192": lambda: add_norm_of(8192, 8192),
     "add and norm 16384 float32": lambda: add_norm_of(16384, 16384, torch.float32),
     "add and norm groups of 64": lambda: add_norm_of(8192, 64),
+    "norm 4096 and a frozen weight": lambda: frozen_norm_of(4096, 4096),
     "cross-entropy float32": lambda: cross_entropy_of(True, torch.float32),
+}
+MORE |= {
+    f"{case} {dtype}": partial(call, dtype=dtype)
+    for case, call in OF_A_DTYPE.items()
+    for dtype in (torch.float32, torch.float16)
 }
 
 

@@ -13,6 +13,8 @@ from .launch import DTYPES, aligned, launch, warps
 
 BLOCK = 4096
 TOKENS = 256
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+"""In place of -inf, where a row has nothing else."""
 
 
 class Piece(Protocol):
@@ -25,7 +27,7 @@ class Piece(Protocol):
 
 
 class Criterion(Protocol):
-    """What is asked of a cross-entropy; the slopes are those of a token's loss in its target's and in every logit."""
+    """What is asked of a cross-entropy; the slopes of a token's loss in its target's and in every logit, negated."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -126,7 +128,6 @@ def _statistics(
 
     A lane is one 128-bit load wide, so that the loop passes nothing between threads.
     """
-    LOWEST: tl.constexpr = -3.4028234663852886e38
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, LANES) * VECTOR
     logits += (row * shards + shard) * WIDTH
@@ -147,7 +148,10 @@ def _statistics(
         top = higher
     highest = tl.max(top, 0)
     tl.store(out + row, highest)
-    tl.store(out + rows + row, tl.sum(exps * tl.exp(top - highest), 0))
+    total = tl.sum(exps * tl.exp(top - highest), 0)
+    # No logit lies above the lowest number: all count as it. What is not a number stays so.
+    every = tl.maximum(total, VALID, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(out + rows + row, tl.where(highest > LOWEST, total, every))
     column = tl.load(targets + row) - first
     owned = (column >= 0) & (column < VALID)
     tl.store(out + 2 * rows + row, tl.load(logits + column, owned, 0.0).to(tl.float32))
@@ -225,11 +229,11 @@ def _gradient(
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     place = (row * shards + shard) * WIDTH + column
-    x = tl.load(logits + place, column < VALID, 0.0).to(tl.float32)
+    x = tl.maximum(tl.load(logits + place, column < VALID, 0.0).to(tl.float32), LOWEST)
     highest, below, target = tl.load(top + row), tl.load(log_sum + row), tl.load(targets + row)
-    pulled = tl.where(target == ignored, 0.0, tl.load(grad + row))
+    pulled = tl.load(grad + row)
     softmax = tl.exp(x - highest - below)
     slope = softmax * (pulled * (1 + 2 * z_loss * (highest + below))) - pulled * by_all
     slope = tl.where(column == target - first, slope - pulled * by_target, slope)
-    slope = tl.where(column < VALID, slope, 0.0)
+    slope = tl.where((column < VALID) & (target != ignored), slope, 0.0)
     tl.store(out + place, slope.to(out.dtype.element_ty), column < WIDTH)

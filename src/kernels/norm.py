@@ -53,7 +53,7 @@ class _GroupRMSNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, dy), None, None
+        return *_gradients(ctx, dy, *ctx.needs_input_grad[:2]), None, None
 
 
 class _AddGroupRMSNorm(torch.autograd.Function):
@@ -71,7 +71,8 @@ class _AddGroupRMSNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dtotal: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dweight = _gradients(ctx, dy, aligned(dtotal))
+        x, residual, weight, *_ = ctx.needs_input_grad
+        dx, dweight = _gradients(ctx, dy, x or residual, weight, aligned(dtotal))
         return dx, dx, dweight, None, None
 
 
@@ -91,8 +92,10 @@ def _normalize(
     launch(_forward, (triton.cdiv(groups, tile),), *arguments, **settings, num_warps=warps(tile * block))
 
 
-def _gradients(ctx: Any, dy: Tensor, dtotal: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """In what was normalized, ``dtotal`` included, and in the weight."""
+def _gradients(
+    ctx: Any, dy: Tensor, by_x: bool, by_weight: bool, dtotal: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    """In what was normalized, ``dtotal`` included, and in the weight, where they are wanted."""
     (x, weight), size = ctx.saved_tensors, ctx.size
     width, block = weight.numel(), power_of_two(size)
     rows = x.numel() // width
@@ -100,11 +103,12 @@ def _gradients(ctx: Any, dy: Tensor, dtotal: Tensor | None = None) -> tuple[Tens
     height = min(64, power_of_two(max(1, rows // PARTS)))
     tile = min(power_of_two(width // size), max(1, TILE // block))
     grid = (triton.cdiv(rows, height), triton.cdiv(width, tile * size))
-    dx, partial = torch.empty_like(x), x.new_empty(grid[0], width, dtype=torch.float32)
+    dx = torch.empty_like(x) if by_x else None
+    partial = x.new_empty(grid[0], width, dtype=torch.float32) if by_weight else None
     settings = {"WIDTH": width, "SIZE": size, "TILE": tile, "BLOCK": block, "ROWS": height}
     arguments = (x, weight, aligned(dy), dtotal, dx, partial, rows, ctx.eps)
     launch(_backward, grid, *arguments, **settings, num_warps=warps(tile * block))
-    return dx, partial.sum(0).to(weight.dtype)
+    return dx, None if partial is None else partial.sum(0).to(weight.dtype)
 
 
 @triton.jit
@@ -173,8 +177,10 @@ def _backward(
         slope = tl.load(dy + at, mask, 0.0, eviction_policy="evict_first").to(tl.float32)
         gain = tl.load(weight + column, inside, 0.0).to(tl.float32)
         total += tl.where(mask, slope * normed, 0.0)
-        result = scale * (slope * gain - normed * mean)
-        if dtotal is not None:
-            result += tl.load(dtotal + at, mask, 0.0).to(tl.float32)
-        tl.store(dx + at, result.to(dx.dtype.element_ty), mask)
-    tl.store(partial + tl.program_id(0).to(tl.int64) * WIDTH + column, total, inside)
+        if dx is not None:
+            result = scale * (slope * gain - normed * mean)
+            if dtotal is not None:
+                result += tl.load(dtotal + at, mask, 0.0).to(tl.float32)
+            tl.store(dx + at, result.to(dx.dtype.element_ty), mask)
+    if partial is not None:
+        tl.store(partial + tl.program_id(0).to(tl.int64) * WIDTH + column, total, inside)
