@@ -105,7 +105,8 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.spent:
             raise RuntimeError(
-                "a second backward through a cross-entropy with inplace_backward=True, whose logits hold their gradient"
+                "a second backward through a cross-entropy whose logits hold their gradient, "
+                "as with inplace_backward=True, or with head and loss in one"
             )
         saved, tensors = ctx.saved_tensors[: ctx.num_saved], ctx.saved_tensors[ctx.num_saved :]
         if not ctx.inplace:
