@@ -24,6 +24,8 @@ from src.distributed import (
     start_all_reduce,
     start_reduce_scatter,
 )
+from src.distributed.group import ReduceOrder
+from src.distributed.shared_collectives import RING_BYTES
 from src.kernels import cpu_linear
 from src.modeling import (
     Attention,
@@ -61,6 +63,15 @@ def at_any_size(group: Group, program: Callable[..., Any], *args: Any) -> Any:
         return result
     finally:
         set_sizes(USUAL)
+
+
+def in_memory_up_to(group: Group, ring_bytes: int, program: Callable[..., Any], *args: Any) -> Any:
+    """The same on processes that share memory, which sums three or more terms up to this size."""
+    with pytest.MonkeyPatch.context() as patch:
+        for place, size in LOWEST.items():
+            patch.setattr(*place, USUAL[place] if place[0] is shared_collectives else size)
+        patch.setattr(shared_collectives, "RING_BYTES", ring_bytes)
+        return program(group, *args)
 
 
 @pytest.fixture(autouse=True)
@@ -241,6 +252,56 @@ def test_chunks_are_barred_where_bits_are_promised(ranks: Ranks, order: dict[str
 def test_chunks_are_for_large_products() -> None:
     for forward, _ in simulate(events_of_row, 2):
         assert forward == [(12, 10), "called all_reduce"]
+
+
+@pytest.mark.ranks(gloo=(2, 3), simulated=())
+@pytest.mark.parametrize("ring_bytes", [120, 479, 480])
+def test_chunks_are_barred_where_memory_has_the_whole_sum(ranks: Ranks, ring_bytes: int) -> None:
+    """A sum of 480 bytes, in chunks of 120."""
+    if ranks.world_size == 2 or ring_bytes == 480:
+        want: list[Any] = [(12, 10), "called all_reduce"]
+    else:
+        want = [(3, 10), "called all_reduce"] * overlap.CHUNKS
+    for forward, backward in ranks(in_memory_up_to, ring_bytes, events_of_row):
+        assert forward == want and sorted(backward) == [(10, 12), (12, 12)]
+
+
+@pytest.mark.ranks(gloo=3, simulated=())
+def test_chunks_that_memory_does_not_sum_are_started(ranks: Ranks) -> None:
+    want = [(3, 10), "started all_reduce"] * overlap.CHUNKS + ["waited all_reduce"] * overlap.CHUNKS
+    assert [forward for forward, _ in ranks(in_memory_up_to, 119, events_of_row)] == [want] * 3
+
+
+def events_of_sums(group: Group, order: ReduceOrder) -> tuple[list[Any], bool, bool]:
+    """A sum of 480 bytes both ways: events, whether the bits and the records are those of the plain one."""
+    group = Group(group.pg, reduce_order=order)
+    x = torch.randn(6, 20, generator=torch.Generator().manual_seed(group.rank)) * 3**group.rank
+    with Ledger() as plain:
+        want = all_reduce(x, group=group), reduce_scatter(x, group=group)
+    with Ledger() as ledger:
+        got = start_all_reduce(x, group=group)(), start_reduce_scatter(x, group=group)()
+    sent = [[(r.op, r.payload_bytes, r.wire_bytes) for r in found.records] for found in (plain, ledger)]
+    return in_order(ledger), all(map(torch.equal, got, want)), sent[0] == sent[1]
+
+
+@pytest.mark.ranks(gloo=(2, 3), simulated=())
+@pytest.mark.parametrize("order", ["backend", "tree"])
+@pytest.mark.parametrize("ring_bytes", [479, 480])
+def test_sums_that_memory_leaves_to_the_backend_are_started(ranks: Ranks, ring_bytes: int, order: ReduceOrder) -> None:
+    beside = ranks.world_size > 2 and ring_bytes < 480 and order == "backend"
+    kinds = ["started", "waited"] if beside else ["called"]
+    want = [f"{kind} {op}" for op in ("all_reduce", "reduce_scatter") for kind in kinds], True, True
+    assert ranks(in_memory_up_to, ring_bytes, events_of_sums, order) == [want] * ranks.world_size
+
+
+@pytest.mark.ranks(gloo=4, simulated=())
+@pytest.mark.parametrize("ring_bytes", [0, RING_BYTES])
+def test_layers_whose_sums_memory_leaves_to_the_backend(ranks: Ranks, ring_bytes: int) -> None:
+    want = test_linear.reference()
+    got = ranks(in_memory_up_to, ring_bytes, test_linear.column, False)
+    test_linear.check(test_linear.whole(got, PARTS), want)
+    got = ranks(in_memory_up_to, ring_bytes, test_linear.row, True)
+    test_linear.check(test_linear.whole(got, {"weight": 1, "x": -1}), want)
 
 
 PARTS = {"y": -1, "weight": 0, "bias": 0}

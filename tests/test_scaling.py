@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -48,3 +50,12 @@ def test_the_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     assert shown[0].startswith("prediction, not a measurement")
     rows = [line for line in shown if line.startswith("llama3-8b")]
     assert [line.split()[1] for line in rows] == ["1", "2", "4", "8"] and rows[0].endswith("100% .. 100%")
+
+
+def test_ceilings_are_said_to_be_noted_figures() -> None:
+    machine, page = scaling.Machine(), (Path(__file__).parent.parent / "docs/scaling.md").read_text()
+    for text in (scaling.__doc__ or "", page):
+        said = " ".join(text.split())
+        for figure in (f"{machine.products / 1e12:g} TFLOP/s", f"{machine.copies / 1e12:g} TB/s", "noted figures"):
+            assert figure in said
+        assert "measured on an H200" not in said.lower()

@@ -3,12 +3,12 @@
     python -m scripts.bench.scaling
 
 What a rank sends is the ledger's, of a step on the meta device (``scripts.plan``). Kernels take what their operations
-or bytes need at a ceiling that was measured on an H200, 790 TFLOP/s of bfloat16 products and 4.3 TB/s of copies, and
-shares of those that are assumed: products 75 to 95 %, attention 45 to 70 %, everything else 85 to 95 %. A collective
-takes 15 us and its bytes on the wire at 370 to 450 GB/s, assumed for NVLink. "slow" adds the slow ends, nothing
-overlapped; "fast" is the fast ends with communication wholly behind computation. Efficiency is throughput per GPU over
-that of tp = 1, kernels fast at both: collectives slow and in the open, or fast and hidden. Data loading, gradient
-synchronization among replicas and the host count nothing; nothing is recomputed.
+or bytes need at ceilings of an H200, 790 TFLOP/s of bfloat16 products and 4.3 TB/s of copies (noted figures, not runs
+of this repository), and shares of those that are assumed: products 75 to 95 %, attention 45 to 70 %, everything else 85
+to 95 %. A collective takes 15 us and its bytes on the wire at 370 to 450 GB/s, assumed for NVLink. "slow" adds the slow
+ends, nothing overlapped; "fast" is the fast ends with communication wholly behind computation. Efficiency is throughput
+per GPU over that of tp = 1, kernels fast at both: collectives slow and in the open, or fast and hidden. Data loading,
+gradient synchronization among replicas and the host count nothing; nothing is recomputed.
 """
 
 from __future__ import annotations

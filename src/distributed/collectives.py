@@ -83,11 +83,10 @@ def start_all_reduce(tensor: Tensor, *, group: Group) -> Callable[[], Tensor]:
     the side, and so are messages of at most ``GATHER_BYTES`` in tree order; of larger ones the exchange runs meanwhile,
     sums and gathering follow the wait.
     """
-    by_tree = group.reduce_order == "tree"
-    at_once = group.world_size == 1 or (by_tree and tensor.nbytes <= GATHER_BYTES)
-    if at_once or _shares_memory("all_reduce", tensor, group):
+    if sums_at_once(tensor, group=group):
         total = all_reduce(tensor, group=group)
         return lambda: total
+    by_tree = group.reduce_order == "tree"
     entries = record("all_reduce", tensor, group.world_size, 2 - 2 / group.world_size, "started")
     if by_tree:
         wait = _start_exchange(_even_slices(tensor, group), tensor, group)
@@ -103,9 +102,15 @@ def start_all_reduce(tensor: Tensor, *, group: Group) -> Callable[[], Tensor]:
     return finish
 
 
+def sums_at_once(tensor: Tensor, *, group: Group) -> bool:
+    """Whether ``start_all_reduce`` ends the sum before it returns: by size, dtype and place, alike on every rank."""
+    small = group.reduce_order == "tree" and tensor.nbytes <= GATHER_BYTES
+    return group.world_size == 1 or small or _sums_in_memory("all_reduce", tensor, group)
+
+
 def start_reduce_scatter(tensor: Tensor, *, group: Group, dim: int = 0) -> Callable[[], Tensor]:
     """Begin a ``reduce_scatter``; the function that comes back waits, and gives its result, bit by bit."""
-    if group.world_size == 1 or _shares_memory("reduce_scatter", tensor, group):
+    if group.world_size == 1 or _sums_in_memory("reduce_scatter", tensor, group):
         part = reduce_scatter(tensor, group=group, dim=dim)
         return lambda: part
     slices = _cut(tensor, group, dim)
@@ -203,8 +208,14 @@ def _shared(name: str, tensor: Tensor, group: Group, function: Callable[..., Any
     return out
 
 
-def _shares_memory(name: str, tensor: Tensor, group: Group) -> bool:
-    return _shared(name, tensor, group, lambda memory: tensor) is not None
+def _sums_in_memory(name: str, tensor: Tensor, group: Group) -> bool:
+    """Whether ``_shared`` will sum ``tensor`` there: the ranks share memory, and the order of its terms is known."""
+
+    def served(memory: shared_memory.SharedMemory) -> Tensor | None:
+        by_tree = group.reduce_order == "tree"
+        return None if shared_collectives.order(memory, tensor, dist.ReduceOp.SUM, by_tree) is None else tensor
+
+    return _shared(name, tensor, group, served) is not None
 
 
 def _gather_parts(tensor: Tensor, group: Group) -> Tensor:

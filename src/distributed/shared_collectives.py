@@ -41,6 +41,14 @@ def serves(tensor: Tensor) -> bool:
     return tensor.is_cpu and type(tensor) in (Tensor, torch.nn.Parameter) and tensor.dtype in DTYPES
 
 
+def order(memory: SharedMemory, tensor: Tensor, op: dist.ReduceOp.RedOpType, by_tree: bool) -> str | None:
+    """The key in ORDERS that has the backend's bits, or those of the tree; None where those are not known."""
+    if by_tree:
+        return TREE
+    known = op != dist.ReduceOp.SUM or memory.world_size == 2 or tensor.nbytes <= RING_BYTES
+    return op.name if known and op.name in ORDERS else None
+
+
 def all_gather(memory: SharedMemory, tensor: Tensor) -> Tensor:
     """``[*shape] -> [world_size, *shape]``."""
     flat, call = tensor.detach().reshape(-1), _call("all_gather", tensor)
@@ -71,7 +79,7 @@ def broadcast(memory: SharedMemory, tensor: Tensor, src: int) -> Tensor:
 
 def reduce_scatter(memory: SharedMemory, slices: Tensor, by_tree: bool) -> Tensor | None:
     """The sum of what the ranks have for this one: ``[world_size, *shape] -> [*shape]``. None as in ``all_reduce``."""
-    how = _order(memory, slices, dist.ReduceOp.SUM, by_tree)
+    how = order(memory, slices, dist.ReduceOp.SUM, by_tree)
     if how is None:
         return None
     flat, call = slices.detach().flatten(1), _call(f"reduce_scatter {how}", slices)
@@ -90,7 +98,7 @@ def reduce_scatter(memory: SharedMemory, slices: Tensor, by_tree: bool) -> Tenso
 
 def all_reduce(memory: SharedMemory, tensor: Tensor, op: dist.ReduceOp.RedOpType, by_tree: bool) -> Tensor | None:
     """The sum of the tensors of all ranks, or what ``op`` says; None where the backend's bits are not known."""
-    how = _order(memory, tensor, op, by_tree)
+    how = order(memory, tensor, op, by_tree)
     if how is None:
         return None
     flat, call = tensor.detach().reshape(-1), _call(f"all_reduce {how}", tensor)
@@ -119,14 +127,6 @@ def _share_sums(memory: SharedMemory, call: int, how: str, slots: Tensor, out: T
     memory.meet(call, _describe)
     for rank, (first, last) in enumerate(pairwise(ends)):
         out[first:last].copy_(sums[rank, : last - first])
-
-
-def _order(memory: SharedMemory, tensor: Tensor, op: dist.ReduceOp.RedOpType, by_tree: bool) -> str | None:
-    """The key in ORDERS that has the backend's bits, or those of the tree."""
-    if by_tree:
-        return TREE
-    known = op != dist.ReduceOp.SUM or memory.world_size == 2 or tensor.nbytes <= RING_BYTES
-    return op.name if known and op.name in ORDERS else None
 
 
 def _reduce(how: str, terms: Sequence[Tensor], out: Tensor, start: int, length: int) -> None:

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from ..distributed.collectives import sums_at_once
 from ..distributed.group import as_group
 from ..distributed.overlap import multiply_reduce
 from ..distributed.random import fill_shards, uniform
@@ -38,7 +39,8 @@ from .conversion import check_plain, take_parameters
 
 MIN_FLOPS = 1e11
 """From this many floating-point operations on one rank on, a row-parallel product is taken in chunks of tokens, each
-summed over the ranks while the next one is computed. Only for sums in the backend's order: chunks may change bits."""
+summed over the ranks while the next one is computed. Only for sums in the backend's order, for chunks may change bits,
+and that would not be done at once, as those through shared memory are."""
 
 
 class _ParallelLinear(nn.Module):
@@ -226,6 +228,8 @@ class RowParallelLinear(_ParallelLinear):
         """Whether the product of ``x [..., in/w]`` is summed by chunks of tokens. Never where bits are promised."""
         if self.group.world_size == 1 or self.group.reduce_order == "tree" or self.sequence_parallel:
             return False
-        if torch.compiler.is_compiling() or product_dtype(x, self.weight) is None:
+        dtype = product_dtype(x, self.weight)
+        if torch.compiler.is_compiling() or dtype is None or 2 * x.numel() * self.out_features < MIN_FLOPS:
             return False
-        return 2 * x.numel() * self.out_features >= MIN_FLOPS
+        y = x.new_empty((), dtype=dtype).expand(*x.shape[:-1], self.out_features)
+        return not sums_at_once(y, group=self.group)

@@ -46,11 +46,11 @@ def vocab_parallel_linear_cross_entropy(
     slices. The gradient of hidden is summed over all logical shards. The other options, and the bits, are those of
     ``vocab_parallel_cross_entropy``; so is what is sent forward, and backward sends an all-reduce of hidden's gradient.
 
-    A rank holds its logits once: their gradient is written over them. With ``block_tokens`` it holds those of so many
-    tokens and computes them again in backward (where there are no more tokens than that, nothing changes); sums over
-    tokens in the gradients of weight and bias are then taken block by block, in float32 or wider, which rounds them in
-    another way, the same at every world size. Under torch.compile this runs between two graphs, which is an error with
-    ``fullgraph=True``.
+    A rank holds its logits once: their gradient is written over them, and a second backward raises RuntimeError. With
+    ``block_tokens`` it holds those of so many tokens and computes them again in each backward (where there are no more
+    tokens than that, nothing changes); sums over tokens in the gradients of weight and bias are then taken block by
+    block, in float32 or wider, which rounds them in another way, the same at every world size. Under torch.compile this
+    runs between two graphs, which is an error with ``fullgraph=True``.
 
     ``group=None`` means an unsharded weight.
 

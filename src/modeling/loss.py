@@ -105,7 +105,8 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.spent:
             raise RuntimeError(
-                "a second backward through a cross-entropy with inplace_backward=True, whose logits hold their gradient"
+                "a second backward through a cross-entropy whose logits hold their gradient, "
+                "as with inplace_backward=True, or with head and loss in one"
             )
         found = ctx.saved_tensors  # recomputation gives them once
         saved, tensors = found[: ctx.num_saved], found[ctx.num_saved :]
