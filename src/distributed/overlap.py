@@ -55,28 +55,26 @@ class EarlySum:
         self, x: Tensor, layers: Mapping[Any, Parameters], *, group: Group, product: Product, sequence_parallel: bool
     ) -> None:
         self._product = product
-        self._layers: dict[Any, tuple[list[Any], Sequence[Tensor | None]]] = {}
+        self._layers: dict[Any, tuple[list[Any], Sequence[Tensor | None], torch.dtype]] = {}
         self._wholes: dict[torch.dtype, Tensor] = {}
         running: list[Callable[[], Tensor]] = []
         entered = _Finish.apply(x, running)  # type: ignore[no-untyped-call]
         for layer, (weights, biases) in layers.items():
             left: list[Any] = []
             late = _Late.apply(left, product, *weights, *biases)  # type: ignore[no-untyped-call]
-            self._layers[layer] = left, late
+            self._layers[layer] = left, late, weights[0].dtype
         self.copies: Sequence[Tensor] = _Start.apply(  # type: ignore[no-untyped-call]
             entered, group, sequence_parallel, running
         )
 
     def multiply(self, layer: Any) -> list[Tensor]:
         """``x W^T + b`` of each logical shard of this rank: ``[..., out]`` each. Once for each layer."""
-        left, parameters = self._layers.pop(layer)
-        assert parameters[0] is not None
-        dtype = parameters[0].dtype
+        left, late, dtype = self._layers.pop(layer)
         if dtype not in self._wholes:
             self._wholes[dtype] = self.copies[0].detach().to(dtype)
         return list(
             _Multiply.apply(  # type: ignore[no-untyped-call]
-                self._wholes[dtype], left, self._product, *self.copies, *parameters
+                self._wholes[dtype], left, self._product, *self.copies, *late
             )
         )
 
