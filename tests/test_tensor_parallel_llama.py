@@ -117,9 +117,7 @@ def sums_and_products(group: Group, case: str) -> list[str]:
 @pytest.mark.parametrize("case", CASES)
 def test_sums_run_while_gradients_of_weights_are_computed(ranks: Ranks, case: str) -> None:
     head = mlp = ["products", "started all_reduce", "products", "waited all_reduce"]
-    attention = (
-        [*mlp, "called all_gather"] if CASES[case]["num_key_value_heads"] == 1 else mlp
-    )  # a head that both share
+    attention = [*mlp, "called all_gather"] if CASES[case]["num_key_value_heads"] == 1 else mlp  # for the shared head
     want = head + 2 * (mlp + attention)
     for found in ranks(at_any_size, sums_and_products, case):
         assert found == want
