@@ -135,8 +135,8 @@ class _Multiply(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, whole: Tensor, left: list[Any], product: Product, *tensors: Any) -> tuple[Tensor, ...]:
         count = len(tensors) // 3
-        copies, weights, biases = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
-        ctx.left, ctx.product, ctx.dtype = left, product, copies[0].dtype
+        weights, biases = tensors[count : 2 * count], tensors[2 * count :]
+        ctx.left, ctx.product = left, product
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(whole, *weights)
         return tuple(product.forward(whole, weight, bias) for weight, bias in zip(weights, biases, strict=True))
@@ -146,10 +146,9 @@ class _Multiply(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         whole, *weights = ctx.saved_tensors
         flat = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        if any(ctx.needs_input_grad[-2 * len(weights) :]):
-            ctx.left[:] = [(flat, whole.reshape(-1, whole.shape[-1]))]
+        ctx.left[:] = [(flat, whole.reshape(-1, whole.shape[-1]))]
         terms = [
-            None if grad is None else ctx.product.input_grad(grad, weight).to(ctx.dtype).view(whole.shape)
+            None if grad is None else ctx.product.input_grad(grad, weight).view(whole.shape)
             for grad, weight in zip(flat, weights, strict=True)
         ]
         return (None, None, None, *terms, *[None] * (2 * len(weights)))
