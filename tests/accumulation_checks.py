@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from src import Group
 from src.functional import shard_embedding
@@ -140,6 +141,22 @@ def test_two_lookups_in_one_backward(decisions: list[bool], whole_tables: Callab
 
     got = step()
     assert decisions == 2 * [True, False, False]
+    assert same_bits(got, whole_tables(step))
+
+
+def test_a_lookup_in_a_backward_inside_of_another(decisions: list[bool], whole_tables: Callable[..., Any]) -> None:
+    ids, dy = torch.tensor([1, 5, 5, 1, 8], device=DEVICE), numbers(0, 5, WIDTH)
+
+    def step() -> Tensor:
+        table = numbers(2, 36, WIDTH).requires_grad_()
+        table.grad = numbers(3, 36, WIDTH)
+        rows = shard_embedding(ids, table, 0) * dy
+        rows = checkpoint(lambda x: x * dy + shard_embedding(ids, table, 2), rows, use_reentrant=True)
+        (rows + shard_embedding(ids, table, 1)).sum().backward()
+        return table.grad
+
+    got = step()
+    assert decisions == [True, True, False]
     assert same_bits(got, whole_tables(step))
 
 

@@ -36,7 +36,6 @@ def is_first_of_backward(node: Any) -> bool:
     On a GPU the sum of two sparse gradients is a list of both, which atomics would add in any order: one of several
     lookups in a table may have such a gradient, the others are dense.
     """
-    backward = torch._C._current_graph_task_id()
-    before = node.metadata.get(__name__)
-    node.metadata[__name__] = backward
-    return bool(before != backward)
+    backward, last = torch._C._current_graph_task_id(), node.metadata.get(__name__, -1)
+    node.metadata[__name__] = max(backward, last)  # one that runs inside of another has the greater number
+    return bool(backward > last)
