@@ -126,6 +126,19 @@ def test_batches(name: str, id_dtype: torch.dtype, decisions: list[bool], whole_
     assert decisions == [len(ids) < 36, False]
 
 
+def test_rows_are_distinct_and_sorted() -> None:
+    """Else a GPU would lose numbers: without atomics it adds to each row what it read there."""
+    table = numbers(2, 36, WIDTH).requires_grad_()
+    table.grad = numbers(3, 36, WIDTH)
+    seen: list[Tensor] = []
+    node: Any = table.view_as(table).grad_fn
+    node.next_functions[0][0].register_prehook(lambda grads: seen.extend(grads))
+    shard_embedding(torch.tensor([30, 5, 5, 99, 30, -1, 8, 5], device=DEVICE), table, 0).sum().backward()
+    (rows,) = seen
+    assert rows.is_coalesced() and rows._indices().tolist() == [[0, 1, 2, 3, 4, 5, 8, 30]]
+    assert rows._values()[:, 0].tolist() == [0, 0, 0, 0, 0, 3, 1, 2]
+
+
 def test_two_lookups_in_one_backward(decisions: list[bool], whole_tables: Callable[..., Any]) -> None:
     """The second is dense: a sum of two sparse tensors would be added in any order. So it is in each backward."""
     ids = torch.tensor([1, 5, 5, 1, 8], device=DEVICE)

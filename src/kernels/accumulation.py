@@ -37,5 +37,5 @@ def is_first_of_backward(node: Any) -> bool:
     lookups in a table may have such a gradient, the others are dense.
     """
     backward, last = torch._C._current_graph_task_id(), node.metadata.get(__name__, -1)
-    node.metadata[__name__] = max(backward, last)  # one that runs inside of another has the greater number
-    return bool(backward > last)
+    node.metadata[__name__] = backward
+    return bool(backward > last)  # one that runs inside of another has the greater number
