@@ -67,7 +67,7 @@ FLOORS = {
         {"meta"},
     ],
     "kernels": [
-        {"launch", "row_blocks"},
+        {"accumulation", "launch", "row_blocks"},
         {"cpu_embedding", "cpu_linear", "cpu_norm", "cpu_rope"},
         {"registry"},
         {"norm", "rope", "swiglu", "embedding", "cross_entropy"},

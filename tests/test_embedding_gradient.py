@@ -48,13 +48,13 @@ def accumulated(group: Group | None, dtype: torch.dtype = torch.float32, way: st
 def decisions(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     """Of each backward, whether it added rows."""
     found: list[bool] = []
-    decide = cpu_embedding._is_added_to_grad
+    decide = cpu_embedding.is_added_to_grad
 
     def noted(node: Any) -> bool:
         found.append(decide(node))
         return found[-1]
 
-    monkeypatch.setattr(cpu_embedding, "_is_added_to_grad", noted)
+    monkeypatch.setattr(cpu_embedding, "is_added_to_grad", noted)
     yield found
 
 
@@ -64,7 +64,7 @@ def whole_tables(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
     def call(function: Callable[..., Any], *arguments: Any) -> Any:
         with monkeypatch.context() as patch:
-            patch.setattr(cpu_embedding, "_is_added_to_grad", lambda node: False)
+            patch.setattr(cpu_embedding, "is_added_to_grad", lambda node: False)
             return function(*arguments)
 
     return call
@@ -126,6 +126,28 @@ def test_a_table_that_is_the_head_too(decisions: list[bool], whole_tables: Calla
         grads.append(call(layer.weight))
     assert decisions == [False, True] and grads[0].layout == torch.strided
     assert torch.equal(*grads)
+
+
+def test_two_lookups_in_one_backward(decisions: list[bool], whole_tables: Callable[..., Any]) -> None:
+    def step() -> Tensor:
+        layer = ParallelVocabEmbedding(VOCAB, WIDTH)
+        layer.weight.grad = torch.ones_like(layer.weight)
+        (first, one), (second, two), _ = batches()
+        (layer(first) * one + layer(second) * two).sum().backward()
+        return layer.weight.grad
+
+    got = step()
+    assert decisions == [True, True] and torch.equal(got, whole_tables(step))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sparse"])
+def test_a_gradient_that_takes_no_rows(decisions: list[bool], layout: str) -> None:
+    table = torch.ones(VOCAB, WIDTH, requires_grad=True)
+    before, (ids, grad) = torch.ones(WIDTH, VOCAB).t(), batches()[0]
+    table.grad = before.to_sparse(1) if layout == "sparse" else before.clone()
+    shard_embedding(ids, table, 0).backward(grad)
+    want = torch.zeros(VOCAB, WIDTH).index_add_(0, ids.flatten(), grad.flatten(0, 1)) + 1
+    assert decisions == [False] and torch.equal(table.grad, want)
 
 
 class Named(torch.autograd.Function):

@@ -1,4 +1,5 @@
-"""When a kernel is chosen, and the kernels themselves: ``kernel_checks.py`` in the interpreter and on a GPU."""
+"""When a kernel is chosen, and the kernels themselves: ``kernel_checks.py`` and ``accumulation_checks.py`` in the
+interpreter and on a GPU."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ def run(*command: str, **environment: str) -> None:
     assert finished.returncode == 0, finished.stdout[-8000:] + finished.stderr[-2000:]
 
 
-CHECKS = ("-m", "pytest", "-p", "no:cacheprovider", "-x", "tests/kernel_checks.py")
+CHECKS = ("-m", "pytest", "-p", "no:cacheprovider", "-x", "tests/kernel_checks.py", "tests/accumulation_checks.py")
 
 
 @needs_triton

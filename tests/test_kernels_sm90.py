@@ -120,6 +120,13 @@ def embedding_of(width: int, dtype: torch.dtype = torch.bfloat16) -> None:
     there_and_back(lambda table: embedding.shard_embedding(ids, table, 16), empty(32, width, dtype=dtype))
 
 
+def rows_of_embedding_of(width: int, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Into a gradient that is there."""
+    ids, table = torch.zeros(64, dtype=torch.int64), empty(96, width, dtype=dtype)
+    table.grad = torch.zeros_like(table)
+    there_and_back(lambda table: embedding.shard_embedding(ids, table, 16), table)
+
+
 @dataclass
 class Shard:
     start: int = 0
@@ -140,7 +147,8 @@ def cross_entropy_of(with_sum: bool, dtype: torch.dtype = torch.bfloat16) -> Non
     cross_entropy.cross_entropy_gradient(torch.empty_like(rows), rows, targets, *shared)
 
 
-# The narrow loads and stores that each kernel may have for a thread: ids, targets, statistics of a row.
+# The narrow loads and stores that each kernel may have for a thread: ids, targets, statistics of a row. One more tells
+# which row it is.
 NARROW = {"_gather": 1, "_sum": 2 + embedding.TOKENS, "_statistics": 2 + 4, "_gradient": 4}
 OF_A_DTYPE: dict[str, Callable[..., None]] = {
     "swiglu": partial(swiglu_of, 3584),
@@ -148,6 +156,7 @@ OF_A_DTYPE: dict[str, Callable[..., None]] = {
     "halves": partial(rotation_of, "halves", 32, 8),
     "neighbours": partial(rotation_of, "neighbours", 8, 1),
     "embedding": partial(embedding_of, 4096),
+    "rows of embedding": partial(rows_of_embedding_of, 4096),
 }
 CASES: dict[str, Callable[[], None]] = {
     "norm 4096": lambda: norm_of(4096, 4096),
@@ -189,7 +198,8 @@ def test_no_spills_and_wide_loads(case: str, monkeypatch: pytest.MonkeyPatch, tm
         assert re.search(r"STACK:0 ", usage) and not re.search(r"\b(LDL|STL)", code), f"{name} spills: {usage}"
         moves = re.findall(r"\b(?:LDG|STG)\.\S*", code)
         wide = [move for move in moves if ".128" in move]
-        assert wide and len(moves) - len(wide) <= NARROW.get(name, 0), f"{name}: {moves}"
+        narrow = NARROW.get(name, 0) + (name == "_sum" and case.startswith("rows"))
+        assert wide and len(moves) - len(wide) <= narrow, f"{name}: {moves}"
         if name == "_statistics":
             # 16 logits a thread; one more in the loop and one after it for each lane, which is 128 bits.
             assert code.count("MUFU.EX2") <= 16 + 2 * arguments[0].element_size()
@@ -216,3 +226,18 @@ def test_sums_do_not_depend_on_where_a_shard_lies(monkeypatch: pytest.MonkeyPatc
 
     for call, kinds in ((statistics, 1), (norms, 2)):
         assert len({compile_for_sm90(*launch).hash for launch in launches(monkeypatch, call)}) == kinds
+
+
+@pytest.mark.parametrize("width", [4096, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_an_embedding_are_summed_as_whole_tables_are(
+    width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tile of numbers is dealt out to threads in the same way, and each adds its own in the same order."""
+    layouts, sums = set(), set()
+    for call in (embedding_of, rows_of_embedding_of):
+        compiled = compile_for_sm90(*launches(monkeypatch, lambda: call(width, dtype))[-1])  # noqa: B023
+        tile = re.escape(f"4x{min(embedding.COLUMNS, 1 << (width - 1).bit_length())}x")
+        layouts.add(tuple(re.findall(r"^#\w+ = #ttg\..*", compiled.asm["ttgir"], re.MULTILINE)))
+        sums.add(tuple(re.findall(rf"(arith\.addf|tt\.reduce).*({tile}f32, #\w+)", compiled.asm["ttgir"])))
+    assert len(layouts) == len(sums) == 1 and all(layouts | sums)

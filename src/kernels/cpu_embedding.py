@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..memory import zeros
+from .accumulation import gradient_of_rows, is_added_to_grad
 
 MIN_ELEMENTS = 2**14
 """From how many elements of rows on; never by the table's size, which depends on the world's."""
@@ -45,22 +46,8 @@ class _ShardEmbedding(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         found, owned = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])[owned]
-        if not _is_added_to_grad(ctx.next_functions[1][0]):
+        if not is_added_to_grad(ctx.next_functions[1][0]):
             return None, zeros(ctx.table_shape, grad.dtype).index_add_(0, found, rows), None
         distinct, place = found.unique(return_inverse=True)
         sums = rows.new_zeros(len(distinct), rows.shape[1]).index_add_(0, place, rows)
-        with torch.sparse.check_sparse_tensor_invariants(False):
-            return None, torch.sparse_coo_tensor(distinct[None], sums, ctx.table_shape, is_coalesced=True), None
-
-
-def _is_added_to_grad(node: Any) -> bool:
-    """Whether autograd adds what ``node`` is given to a ``.grad`` that is there, and no hook of the table sees it.
-
-    Rows are added in place then, with the bits of a whole table: none is made.
-    """
-    if type(node).__name__ != "AccumulateGrad" or node.variable.grad is None or node.variable._backward_hooks:
-        return False
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # for torch.autograd.grad, which returns it
-        return False
+        return None, gradient_of_rows(distinct, sums, ctx.table_shape[0]), None

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .accumulation import gradient_of_rows, is_added_to_grad, is_first_of_backward
 from .launch import DTYPES, aligned, launch, power_of_two, warps
 
 TILE = 2048
@@ -46,17 +47,35 @@ class _ShardEmbedding(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (ids,) = ctx.saved_tensors
-        width = dy.shape[-1]
         # A stable sort keeps the tokens of one id in their order: each row of the gradient is a sum in a fixed order.
         # Ids of other shards come before row 0 and after the last one.
         found, order = (ids.flatten() - ctx.first).sort(stable=True)
         starts = torch.searchsorted(found, torch.arange(ctx.height + 1, device=ids.device, dtype=found.dtype))
-        grad = dy.new_empty(ctx.height, width, dtype=ctx.dtype)
-        block = min(COLUMNS, power_of_two(width))
-        settings = {"WIDTH": width, "BLOCK": block, "TOKENS": TOKENS}
-        grid = (ctx.height, triton.cdiv(width, block))
-        launch(_sum, grid, order, starts, aligned(dy), grad, **settings, num_warps=warps(2 * COLUMNS))
-        return None, grad, None
+        node = ctx.next_functions[1][0]
+        if len(found) < ctx.height and is_added_to_grad(node) and is_first_of_backward(node):
+            rows = _rows(starts, len(found))
+            return None, gradient_of_rows(rows, _sums(order, starts, dy, ctx.dtype, rows), ctx.height), None
+        return None, _sums(order, starts, dy, ctx.dtype), None
+
+
+def _rows(starts: Tensor, count: int) -> Tensor:
+    """``count`` rows of the table, sorted: all that have tokens, and others to make up the number.
+
+    The host would have to wait to be told how many have. The others get zeros.
+    """
+    with_tokens_first = (starts[:-1] < starts[1:]).sort(descending=True, stable=True).indices
+    return with_tokens_first[:count].sort().values
+
+
+def _sums(order: Tensor, starts: Tensor, dy: Tensor, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
+    """The sums of ``dy`` over the tokens of each row, of all rows of the table or of ``rows``."""
+    height, width = len(starts) - 1 if rows is None else len(rows), dy.shape[-1]
+    sums = dy.new_empty(height, width, dtype=dtype)
+    block = min(COLUMNS, power_of_two(width))
+    settings = {"WIDTH": width, "BLOCK": block, "TOKENS": TOKENS}
+    grid = (height, triton.cdiv(width, block))
+    launch(_sum, grid, order, starts, rows, aligned(dy), sums, **settings, num_warps=warps(2 * COLUMNS))
+    return sums
 
 
 @triton.jit
@@ -80,10 +99,11 @@ def _gather(
 
 
 @triton.jit
-def _sum(order, starts, dy, grad, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr):
-    """One row of the gradient, written once: the sum over its tokens, zero if it has none."""
-    row = tl.program_id(0).to(tl.int64)
+def _sum(order, starts, rows, dy, sums, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr):
+    """One row, written once: the sum over its tokens, zero if it has none."""
+    index = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    row = index if rows is None else tl.load(rows + index)
     start, stop = tl.load(starts + row), tl.load(starts + row + 1)
     total = tl.zeros([TOKENS, BLOCK], tl.float32)
     while start < stop:
@@ -92,4 +112,4 @@ def _sum(order, starts, dy, grad, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TOKE
         total += tl.load(dy + token * WIDTH + column, (place < stop) & (column < WIDTH), 0.0).to(tl.float32)
         start += TOKENS
     summed = tl.sum(total, 0, keep_dims=True)
-    tl.store(grad + row * WIDTH + column, summed.to(grad.dtype.element_ty), column < WIDTH)
+    tl.store(sums + index * WIDTH + column, summed.to(sums.dtype.element_ty), column < WIDTH)
