@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .distributed.group import Group, as_group
-from .distributed.regions import copy_to_shards, join_shards, split_shards
+from .distributed.regions import join_shards, split_shards
 from .modeling import ColumnParallelLinear, KVParallelLinear, LMHead, ParallelVocabEmbedding, RowParallelLinear
+from .modeling.columns import SharedCopies, column_products
 from .modeling.conversion import take_parameters
 from .sharding import shard_size
 
@@ -160,17 +161,18 @@ def llama_plan(config: Any) -> dict[str, Style]:
 
 
 class SharedInput:
-    """One ``copy_to_shards`` for all children of a module that it gives the same tensor while its ``forward`` runs.
+    """One ``SharedCopies`` for all children of a module that it gives the same tensor while its ``forward`` runs.
 
     Their gradients are added before the sum over ranks: one all-reduce for q, k and v, not three. A single child shares
     with none, and enters as it would anywhere; the hooks alone keep nn.TransformerEncoderLayer off its fast path.
     """
 
     def __init__(self, parent: nn.Module, children: list[Any]) -> None:
+        self._children = children if len(children) > 1 else []
         self._running = False
-        self._last: tuple[Tensor, int, list[Tensor]] | None = None
-        for child in children if len(children) > 1 else ():
-            child.enter = self.enter
+        self._last: tuple[Tensor, int, SharedCopies] | None = None
+        for child in self._children:
+            child.products = self.products
         parent.register_forward_pre_hook(self._begin)
         parent.register_forward_hook(self._end, always_call=True)
 
@@ -180,13 +182,13 @@ class SharedInput:
     def _end(self, *_: Any) -> None:
         self._running, self._last = False, None
 
-    def enter(self, x: Tensor, *, group: Group) -> list[Tensor]:
-        """As ``copy_to_shards``."""
+    def products(self, x: Tensor, layers: Sequence[Any], **place: Any) -> list[list[Tensor]]:
+        """As ``column_products``."""
         if not (self._running and x.requires_grad and torch.is_grad_enabled()):
-            return copy_to_shards(x, group=group)
+            return column_products(x, layers, **place)
         if self._last is None or self._last[0] is not x or self._last[1] != x._version:
-            self._last = (x, x._version, copy_to_shards(x, group=group))
-        return self._last[2]
+            self._last = (x, x._version, SharedCopies(x, self._children, **place))
+        return [self._last[2].products(layer) for layer in layers]
 
 
 def _match(module: nn.Module, plan: Mapping[str, Any]) -> dict[str, Style]:

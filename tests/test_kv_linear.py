@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from src import Group, Ledger
 from src.checkpoint import load, save
-from src.distributed.regions import copy_to_shards
 from src.modeling import KVParallelLinear, ModelArgs, Transformer, vocab_parallel_cross_entropy
+from src.modeling.columns import column_products
 from src.modeling.parameters import placements
 from src.testing import Ranks
 from src.training import clip_grad_norm_
@@ -41,7 +41,7 @@ def project(group: Group, num_heads: int) -> tuple[list[tuple[str, Tensor]], int
     """What this rank holds of weights, outputs and gradients, by head and logical shard; and how much it sent."""
     layer = KVParallelLinear(16, num_heads, HEAD_DIM, group=group, init_base_seed=7)
     x = numbers(0, 2, 5, 16).requires_grad_()
-    outputs = layer.forward_shards(copy_to_shards(x, group=group))
+    (outputs,) = column_products(x, [layer], group=group)
     with Ledger() as ledger:
         torch.autograd.backward(outputs, [numbers(1 + shard, 2, 5, HEAD_DIM) for shard in group.shards])
     found = [("x.grad", x.grad)]

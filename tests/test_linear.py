@@ -114,3 +114,19 @@ def test_sizes_that_do_not_divide() -> None:
         ColumnParallelLinear(8, 6, group=Group.single())(torch.zeros(2, 7))
     with pytest.raises(TypeError, match="floating-point"):
         RowParallelLinear(8, 6, group=Group.single())(torch.zeros(2, 8, dtype=torch.int64))
+
+
+def used_often(group: Group) -> dict[str, Any]:
+    layer = ColumnParallelLinear(16, 32, group=group)
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x) + layer(2 * x) + layer(3 * x)
+    y.float().sin().sum().backward()
+    return {"y": y.detach(), "weight": layer.weight.grad, "bias": layer.bias.grad, "x": x.grad}
+
+
+def test_autocast_of_a_layer_that_is_used_often_has_the_same_bits_at_every_size(ranks: Ranks) -> None:
+    want = whole(ranks.on("simulated", 1)(used_often, num_shards=8), {"y": -1, "weight": 0, "bias": 0})
+    for place in [("simulated", 2), ("simulated", 8), ("gloo", 2)]:
+        got = whole(ranks.on(*place)(used_often, num_shards=8), {"y": -1, "weight": 0, "bias": 0})
+        assert not [name for name in want if not torch.equal(got[name], want[name])], place

@@ -130,8 +130,8 @@ def counted(group: Group, duplicate: bool) -> tuple[int, int]:
     model = copy.deepcopy(model) if duplicate else model
     with Ledger() as ledger:
         loss_of(model(IDS)).backward()
-    assert all(block.q.enter.__self__ is block.up.enter.__self__ for block in model.blocks)
-    assert model.blocks[0].q.enter.__self__._last is None, "an input outlives the forward pass"
+    assert all(block.q.products.__self__ is block.up.products.__self__ for block in model.blocks)
+    assert model.blocks[0].q.products.__self__._last is None, "an input outlives the forward pass"
     return tuple(ledger.count("all_reduce", phase, "blocks.0") for phase in ("forward", "backward"))
 
 
@@ -212,7 +212,7 @@ def test_a_failed_forward_pass_leaves_nothing_behind() -> None:
     model.blocks[0].o = nn.Linear(1, 1)
     with pytest.raises(RuntimeError, match="shapes"):
         model(IDS)
-    assert model.blocks[0].q.enter.__self__._last is None
+    assert model.blocks[0].q.products.__self__._last is None
 
 
 def encode(group: Group, grad: bool) -> Tensor:

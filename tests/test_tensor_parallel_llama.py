@@ -22,6 +22,7 @@ from src.modeling.parameters import placements
 from src.testing import Ranks
 from src.training import clip_grad_norm_
 from src.verification import unsharded_gradients
+from tests.test_overlap import Products, at_any_size, in_order
 
 transformers = pytest.importorskip("transformers")
 
@@ -101,6 +102,25 @@ def reference(case: str) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
     tokens = generated(model)
     found = forward_backward(model.train()) | {name: p.grad.clone() for name, p in model.named_parameters()}
     return found, train(model, Group.single()), tokens
+
+
+def sums_and_products(group: Group, case: str) -> list[str]:
+    """What happens in backward, a run of products named once."""
+    out = parallel(group, case)(IDS, labels=IDS)
+    with Ledger() as ledger, Products(ledger):
+        out.loss.backward()
+    names = ["products" if isinstance(event, tuple) else event for event in in_order(ledger)]
+    return [name for name, before in zip(names, [None, *names], strict=False) if name != before]
+
+
+@pytest.mark.ranks(2, gloo=2)
+@pytest.mark.parametrize("case", CASES)
+def test_sums_run_while_gradients_of_weights_are_computed(ranks: Ranks, case: str) -> None:
+    head = mlp = ["products", "started all_reduce", "products", "waited all_reduce"]
+    attention = [*mlp, "called all_gather"] if CASES[case]["num_key_value_heads"] == 1 else mlp  # for the shared head
+    want = head + 2 * (mlp + attention)
+    for found in ranks(at_any_size, sums_and_products, case):
+        assert found == want
 
 
 def check_close(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -12,10 +11,9 @@ from torch import Tensor, nn
 from ..distributed.group import as_group
 from ..distributed.random import fill_shards, uniform
 from ..distributed.regions import join_shards, share_shards
-from ..functional import linear
 from ..sharding import MAX_SHARDS, shared_range
 from .checks import check_activations
-from .columns import column_shards
+from .columns import column_products
 from .conversion import check_plain, take_parameters
 
 
@@ -30,7 +28,7 @@ class KVParallelLinear(nn.Module):
     Raises ValueError unless ``num_heads`` divides the number of logical shards.
     """
 
-    enter: Callable[..., list[Tensor]] | None = None  # as in ColumnParallelLinear
+    products = staticmethod(column_products)  # as in ColumnParallelLinear
 
     def __init__(
         self,
@@ -103,13 +101,8 @@ class KVParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in] -> y [..., V/w * head_dim]``: the head of each logical shard of this rank in turn."""
         check_activations(x, self.in_features, "KVParallelLinear")
-        if self.enter is None:
-            return join_shards(column_shards(x, [self], group=self.group)[0])
-        return join_shards(self.forward_shards(self.enter(x, group=self.group)))
-
-    def forward_shards(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """One ``x [..., in]`` per logical shard of this rank, from ``copy_to_shards``, to ``[..., head_dim]`` each."""
-        return list(map(linear, inputs, *self.shard_parameters()))
+        (products,) = self.products(x, [self], group=self.group)
+        return join_shards(self.finish_shards(products))
 
     def shard_parameters(self) -> tuple[list[Tensor], list[Tensor | None]]:
         """Weight ``[head_dim, in]`` and bias of each logical shard of this rank."""

@@ -12,7 +12,7 @@ is what makes the bits independent of w.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -34,7 +34,7 @@ from ..distributed.regions import (
 from ..functional import linear, product_dtype
 from ..sharding import MAX_SHARDS, shard_size
 from .checks import check_activations
-from .columns import PRODUCT, column_shards
+from .columns import PRODUCT, column_products
 from .conversion import check_plain, take_parameters
 
 MIN_FLOPS = 1e11
@@ -126,7 +126,7 @@ class ColumnParallelLinear(_ParallelLinear):
 
     _weight_dim = 0
     _bias_dim = 0
-    enter: Callable[..., list[Tensor]] | None = None  # set where a module's layers are to share one copy of their input
+    products = staticmethod(column_products)  # of layers that share the copies of their input, those of a module
 
     def __init__(
         self,
@@ -147,16 +147,9 @@ class ColumnParallelLinear(_ParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in] -> y [..., out/w]``, or ``[..., out]`` with ``gather_output``."""
         check_activations(x, self.in_features, type(self).__name__, self.sequence_parallel)
-        if self.enter is None:
-            (shards,) = column_shards(x, [self], group=self.group, sequence_parallel=self.sequence_parallel)
-        else:
-            shards = self.forward_shards(self.enter(x, group=self.group))
-        y = join_shards(shards)
+        (products,) = self.products(x, [self], group=self.group, sequence_parallel=self.sequence_parallel)
+        y = join_shards(self.finish_shards(products))
         return gather_from_region(y, group=self.group) if self.gather_output else y
-
-    def forward_shards(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """One ``x [..., in]`` per logical shard of this rank, from ``copy_to_shards``, to one ``[..., out/V]`` each."""
-        return self.finish_shards(list(map(linear, inputs, *self.shard_parameters())))
 
     def shard_parameters(self) -> tuple[list[Tensor], list[Tensor | None]]:
         """Weight ``[out/V, in]`` and bias of each logical shard of this rank."""
