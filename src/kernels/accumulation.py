@@ -26,8 +26,8 @@ def gradient_of_rows(rows: Tensor, values: Tensor, height: int) -> Tensor:
 
     Autograd adds them to a dense ``.grad`` in place, without atomics, with the bits of a whole table: none is made.
     """
-    size = (height, values.shape[1])
-    return torch.sparse_coo_tensor(rows[None], values, size, is_coalesced=True, check_invariants=False)
+    with torch.sparse.check_sparse_tensor_invariants(False):  # the argument of this name makes torch 2.11 warn
+        return torch.sparse_coo_tensor(rows[None], values, (height, values.shape[1]), is_coalesced=True)
 
 
 def is_first_of_backward(node: Any) -> bool:
