@@ -388,6 +388,30 @@ def test_cross_entropy_far_from_zero_and_with_no_chance(dtype: torch.dtype, offs
     assert loss_.isfinite().all() and grad.isfinite().all() and loss_[2] == 0
 
 
+@dtypes
+@pytest.mark.parametrize("num_shards", [1, 2, 4])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("offset", [0.0, 2.0**14, -(2.0**14)])
+def test_cross_entropy_of_targets_far_below(
+    dtype: torch.dtype, num_shards: int, smoothing: float, offset: float
+) -> None:
+    """In the shard of the row's maximum and in another; each loss is held against its own size."""
+    targets = torch.tensor([3, 40, 3, 40, 3, 40, 5], device=DEVICE)
+    logits = numbers(0, 7, 44).round() + offset
+    logits[:, 4] += 16
+    logits[[0, 1], targets[:2]] -= 1e3
+    logits[[2, 3], targets[2:4]] = -3e4
+    logits[[4, 5], targets[4:6]] = -3e4 if smoothing else -math.inf
+    logits = logits.to(dtype)
+
+    def f(logits: Tensor) -> Tensor:
+        options: dict[str, Any] = {"vocab_size": 42, "label_smoothing": smoothing, "reduction": "none"}
+        return vocab_parallel_cross_entropy(logits, targets, group=Group.single(num_shards), **options)
+
+    loss, _ = compare(f, logits, factor=2)
+    torch.testing.assert_close(loss.double(), f(logits.double()), rtol=2e-6, atol=2e-5)
+
+
 def test_cross_entropy_gradient_takes_any_scale() -> None:
     logits, targets = numbers(0, 3, 37, dtype=torch.float16), torch.tensor([1, 5, 36], device=DEVICE)
     f = lambda x: vocab_parallel_cross_entropy(x, targets, group=None, label_smoothing=0.1)  # noqa: E731
