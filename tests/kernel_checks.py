@@ -342,6 +342,24 @@ def test_cross_entropy_of_a_shard_among_others(
     compare(f, logits, factor=2)
 
 
+@pytest.mark.parametrize("left_to_the_body", ["statistics", "losses", "gradient"])
+def test_cross_entropy_partly_by_kernels(left_to_the_body: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where one pass is compiled and the other is not: they understand each other."""
+
+    def lookup(op: str, *arguments: Any) -> Any:
+        return None if op.endswith(left_to_the_body) else registry.lookup(op, *arguments)
+
+    monkeypatch.setattr(loss_terms, "lookup", lookup)
+    targets, logits = torch.tensor([1, 40, 49, 7], device=DEVICE), numbers(0, 4, 76)
+    logits[0, 1], logits[1, :40] = -300, 20
+
+    def f(logits: Tensor) -> Tensor:
+        options: dict[str, Any] = {"vocab_size": 50, "label_smoothing": 0.1, "z_loss": 0.01, "reduction": "none"}
+        return vocab_parallel_cross_entropy(logits, targets, group=Group.single(4), **options)
+
+    compare(f, logits, factor=2)
+
+
 @dtypes
 @pytest.mark.parametrize("num_shards", [1, 2])
 def test_cross_entropy_over_its_logits(dtype: torch.dtype, num_shards: int, served: list[str]) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from src.modeling.loss_words import decode, encode
+from src.modeling.loss_words import decode_logit, decode_lse, encode
 from src.testing import Ranks
 
 from .test_loss import COLUMNS, program, whole
@@ -37,29 +37,28 @@ def drawn(seed: int, size: int = 200_000) -> tuple[Tensor, Tensor, Tensor]:
     return top, exps, torch.minimum((top - gap).float(), top)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_precision_of_what_is_decoded(seed: int) -> None:
+@pytest.mark.parametrize("owned", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_precision_of_what_is_decoded(seed: int, owned: bool) -> None:
     """The bounds in the docstring of ``encode``."""
     top, exps, target = drawn(seed)
-    owned = torch.ones_like(top, dtype=torch.bool)
-    words = encode(top, exps, target, owned)
-    shift, rest, found = (word.double() for word in decode(*words, owned))
-    log_sum = exps.double().log()
-    lse, error = top + log_sum, (shift - top) + (rest.log() - log_sum)
-    loss = (top.double() - target) + log_sum
+    words = encode(top, exps, target, torch.full_like(top, owned, dtype=torch.bool))
+    start, rest = (term.double() for term in decode_lse(*words))
+    log_sum, logit = exps.double().log(), (target if owned else top).double()
+    loss, lse = (top - logit) + log_sum, top + log_sum
+    error = (start - top) + (rest - log_sum)
     assert (error.abs() <= 2 * EPS * (torch.minimum(loss, lse.abs()) + log_sum + 1)).all()
-    assert ((found - target).abs() <= EPS * loss).all()
-    far = words[1] < 0
-    assert torch.equal(found[~far], target.double()[~far]) and 0.2 < far.double().mean() < 0.8
+    found, far = decode_logit(*words), words[1] < 0
+    assert ((found - logit).abs() <= EPS * loss).all() and torch.equal(found[~far].double(), logit[~far])
+    assert 0.1 < far.double().mean() < 0.9
 
 
-def test_words_of_a_shard_without_the_target_are_what_they_say() -> None:
-    top, exps, target = drawn(0)
-    owned = torch.zeros_like(top, dtype=torch.bool)
-    words = encode(top, exps, target, owned)
-    assert torch.equal(words[0], top) and torch.equal(words[1], exps)
-    shift, rest, found = decode(*words, owned)
-    assert torch.equal(shift, top) and torch.equal(rest, exps) and not found.any()
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_left_of_a_rounded_log_sum_exp_stays_small(seed: int) -> None:
+    top, exps, target = drawn(seed)
+    """Its exponential is taken: at most the square of the sum, rounded, however large the logits are."""
+    start, rest = decode_lse(*encode(top, exps, target, torch.ones_like(top, dtype=torch.bool)))
+    assert ((start - (start + rest) + rest).abs() <= 2 * exps.log() + 1).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -68,12 +67,11 @@ def test_infinities_and_nan(dtype: torch.dtype) -> None:
     top = torch.tensor([3.0, lowest, lowest, INF, NAN, 2.0], dtype=dtype)
     exps = torch.tensor([4.0, 20.0, 20.0, NAN, NAN, NAN], dtype=dtype)
     target = torch.tensor([-INF, -INF, lowest, INF, NAN, 1.0], dtype=dtype)
-    owned = torch.ones(6, dtype=torch.bool)
-    shift, rest, found = decode(*encode(top, exps, target, owned), owned)
-    assert torch.equal(found[:3], target[:3])
-    torch.testing.assert_close(shift[:3] + rest[:3].log(), top[:3] + exps[:3].log())
-    torch.testing.assert_close(rest[1:3], exps[1:3])  # all -inf: how many there are is known
-    assert (shift + rest).isnan()[3:].all()
+    words = encode(top, exps, target, torch.ones(6, dtype=torch.bool))
+    start, rest = decode_lse(*words)
+    assert torch.equal(decode_logit(*words)[:3], target[:3])
+    torch.testing.assert_close((start - top + rest)[:3], exps[:3].log())  # also of a row of -inf: how many there are
+    assert (start + rest).isnan()[3:].all()
 
 
 def ordinary(seed: int = 0, scale: float = 2.0) -> tuple[Tensor, Tensor]:

@@ -47,7 +47,7 @@ def supports(rows: Tensor, targets: Tensor) -> bool:
 def cross_entropy_statistics(rows: Tensor, targets: Tensor, piece: Piece, with_sum: bool) -> Tensor:
     """``rows [n, columns]``, ``targets [n]`` -> ``[2 or 3, n]`` in float32.
 
-    The two words of ``modeling.loss_words``, and the sum of the logits below their shift. Each row belongs to one
+    The two words of ``modeling.loss_words``, and the sum of the logits below their log-sum-exp. Each row belongs to one
     program: its numbers do not depend on the other rows.
     """
     new = rows.new_empty if piece.valid else rows.new_zeros
@@ -64,7 +64,8 @@ def cross_entropy_statistics(rows: Tensor, targets: Tensor, piece: Piece, with_s
 def cross_entropy_losses(
     statistics: Tensor, targets: Tensor, width: int, criterion: Criterion
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Statistics ``[V, 2 or 3, n]`` of all logical shards -> losses, shift and log of the sum below it, ``[n]`` each.
+    """Statistics ``[V, 2 or 3, n]`` of all logical shards -> losses, largest log-sum-exp of a shard, log of the sum
+    below it, ``[n]`` each.
 
     Shards are summed in their order, the same way on every rank.
     """
@@ -111,31 +112,15 @@ def _layout(rows: Tensor, piece: Piece) -> tuple[int, int, int]:
 def _encode(top, exps, target, owned):
     log_sum = tl.log(exps)
     lse = top + log_sum
-    loss = top - tl.maximum(target, LOWEST) + log_sum
+    logit = tl.where(owned, target, top)
+    loss = top - tl.maximum(logit, LOWEST) + log_sum
     far = loss > tl.abs(lse)
-    first = tl.where(owned, tl.where(far, lse, target), top)
-    return first, tl.where(owned, tl.where(far, target - lse, loss), exps)
+    return tl.where(far, lse, logit), tl.where(far, logit - lse, loss)
 
 
 @triton.jit
-def _decode(first, second, owned):
-    far = second < 0  # maximum and minimum would lose NaN
-    start = tl.maximum(first, LOWEST)
-    loss = tl.where(far, 0.0, second)
-    lse = start + loss
-    exps = tl.where(owned, tl.exp(start - lse + loss), second)
-    return tl.where(owned, lse, first), exps, tl.where(owned, first + tl.where(far, second, 0.0), 0.0)
-
-
-@triton.jit
-def _owned(target, shard, width, vocab_size):
-    column = target - shard * width
-    return (column >= 0) & (column < tl.minimum(width, vocab_size - shard * width))
-
-
-@triton.jit
-def _load_decoded(words, owned, size, mask):
-    return _decode(tl.load(words, mask, 0.0), tl.load(words + size, mask, 1.0), owned)
+def _decode_lse(first, second):
+    return tl.maximum(first, LOWEST), tl.where(second < 0, 0.0, second)  # NaN stays NaN
 
 
 # Where a shard begins follows from its constant width, and is not specialized on: a shard among others is loaded, and
@@ -190,8 +175,8 @@ def _statistics(
     tl.store(out + rows + row, other)
     if WITH_SUM:
         sums += tl.where(seen > 0, seen * (top - highest), 0.0)
-        shift, _, _ = _decode(one, other, owned)
-        tl.store(out + 2 * rows + row, tl.sum(sums, 0) + VALID * (highest - shift))
+        start, rest = _decode_lse(one, other)
+        tl.store(out + 2 * rows + row, tl.sum(sums, 0) + VALID * (highest - (start + rest)))
 
 
 @triton.jit(do_not_specialize=["vocab_size", "ignored"])
@@ -218,19 +203,21 @@ def _losses(
     statistics += token
     top = tl.full([TOKENS], LOWEST, tl.float32)
     for shard in tl.static_range(0, SHARDS):
-        words, owned = statistics + shard * KINDS * size, _owned(target, shard, width, vocab_size)
-        top = tl.maximum(top, _load_decoded(words, owned, size, mask)[0])
+        words = statistics + shard * KINDS * size
+        start, rest = _decode_lse(tl.load(words, mask, 0.0), tl.load(words + size, mask, 0.0))
+        top = tl.maximum(top, start + rest)
     exps = tl.zeros([TOKENS], tl.float32)
     logit = tl.zeros([TOKENS], tl.float32)
     below = tl.zeros([TOKENS], tl.float32)
     for shard in tl.static_range(0, SHARDS):
-        words, owned = statistics + shard * KINDS * size, _owned(target, shard, width, vocab_size)
-        shift, sum_here, logit_here = _load_decoded(words, owned, size, mask)
-        exps += sum_here * tl.exp(shift - top)
-        logit += logit_here
+        words = statistics + shard * KINDS * size
+        one, other = tl.load(words, mask, 0.0), tl.load(words + size, mask, 0.0)
+        start, rest = _decode_lse(one, other)
+        exps += tl.exp(start - top + rest)
+        logit = tl.where(target // width == shard, one + tl.minimum(other, 0.0), logit)
         if KINDS == 3:
-            real = tl.minimum(width, vocab_size - shard * width)
-            below += tl.load(words + 2 * size, mask, 0.0) + (shift - top) * real
+            shift = start + rest - top
+            below += tl.load(words + 2 * size, mask, 0.0) + shift * tl.minimum(width, vocab_size - shard * width)
     log_sum = tl.log(exps)
     lse = top + log_sum
     total = log_sum - by_target * (logit - top)

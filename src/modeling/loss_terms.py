@@ -15,7 +15,7 @@ from ..distributed.reduction import tree_sum
 from ..functional import wide
 from ..kernels import lookup
 from ..sharding import valid_size
-from .loss_words import decode, encode
+from .loss_words import decode_logit, decode_lse, encode
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -91,7 +91,7 @@ class Piece:
 
 
 def statistics(rows: Tensor, targets: Tensor, piece: Piece, criterion: Criterion) -> Tensor:
-    """``[2 or 3, n]``: the words of ``loss_words``, and for label smoothing the sum of the logits below their shift."""
+    """``[2 or 3, n]``: the words of ``loss_words``; for label smoothing the sum of the logits below the log-sum-exp."""
     with_sum = criterion.label_smoothing > 0
     if kernel := lookup("cross_entropy_statistics", rows, targets):
         found: Tensor = kernel(rows, targets, piece, with_sum)
@@ -115,7 +115,7 @@ def statistics(rows: Tensor, targets: Tensor, piece: Piece, criterion: Criterion
             below[0][block] = (x - top[:, None]).sum(-1)
     words = encode(tops, exps, logits, owned)
     if with_sum:
-        below[0] += piece.valid * (tops - decode(*words, owned)[0])
+        below[0] += piece.valid * (tops - torch.add(*decode_lse(*words)))
     return torch.stack([*words, *below])
 
 
@@ -124,8 +124,8 @@ def token_losses(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Statistics ``[pieces, k, n]`` -> losses ``[n]``, and what the gradient needs. The only collective.
 
-    That is the shift of each logical shard of this rank and the sum of exponentials below it (``[pieces, 2, n]``;
-    kernels do without), and ``[n]`` each the largest shift, log of the sum below it, targets, and whether they count.
+    That is the statistics of this rank, and ``[n]`` each the largest log-sum-exp of a logical shard, log of the sum
+    below it, targets, and whether they count.
     """
     gathered, kept = all_gather(local, group=group), targets != criterion.ignore_index
     if kernel := lookup("cross_entropy_losses", gathered, targets):
@@ -134,24 +134,14 @@ def token_losses(
     vocab_size, z_loss = criterion.vocab_size, criterion.z_loss
     by_target, by_all = criterion.slopes
     real = [n for n in (valid_size(vocab_size, j, width) for j in range(group.num_shards)) if n]
-    first, second, *below = gathered.unbind(1)
-    shifts, exps, logits = decode(first, second, _owners(targets, width, vocab_size, group.num_shards))
-    top, log_sum, target_logit, *sums = _combine([shifts, exps, logits, *below], real)
+    owner = (targets // width).clamp(0, len(real) - 1)  # of a target that counts
+    top, log_sum, target_logit, *sums = _combine(gathered, owner, real)
     per_token = log_sum - by_target * (target_logit - top)
     if sums:
         per_token -= by_all * sums[0]
     if z_loss:
         per_token += z_loss * (top + log_sum).square()
-    here = slice(group.shards.start, group.shards.stop)
-    local = torch.stack((shifts[here], exps[here]), 1)
     return per_token.masked_fill(~kept, 0), (local, top, log_sum, targets, kept)
-
-
-def _owners(targets: Tensor, width: int, vocab_size: int, num_shards: int) -> Tensor:
-    """``targets [n] -> [V, n]``: whether each lies in each logical shard, as ``Piece.locate`` has it."""
-    real = (targets >= 0) & (targets < vocab_size)
-    shards = torch.arange(num_shards, device=targets.device)[:, None]
-    return (targets // width == shards) & real
 
 
 def _known(rows: Tensor) -> bool:
@@ -159,18 +149,19 @@ def _known(rows: Tensor) -> bool:
     return type(rows) is Tensor and rows.is_cpu and not torch.compiler.is_compiling() and bool(rows.all())
 
 
-def _combine(decoded: list[Tensor], real: list[int]) -> list[Tensor]:
-    """3 or 4 of ``[V, n]`` -> as many of ``[n]``: the largest shift, log of the sum of exponentials below it, target
-    logit, sum of the logits below it.
+def _combine(statistics: Tensor, owner: Tensor, real: list[int]) -> list[Tensor]:
+    """``[V, k, n] -> k + 1`` tensors ``[n]``: largest log-sum-exp, log of the sum below it, logit of the target, which
+    lies in logical shard ``owner [n]``, sum of the logits below the largest log-sum-exp.
 
     ``real`` has the number of real columns of each logical shard that has any; sums follow the fixed tree.
     """
-    shifts, exps, logits, *below = (found[: len(real)] for found in decoded)
-    top = shifts.amax(0)
-    down = shifts - top
-    log_sum = tree_sum((exps * down.exp()).unbind(0)).log()
-    sums = [tree_sum([s + n * d for s, n, d in zip(below[0], real, down, strict=True)])] if below else []
-    return [top, log_sum, tree_sum(logits.unbind(0)), *sums]
+    first, second, *below = statistics[: len(real)].unbind(1)
+    start, rest = decode_lse(first, second)
+    lse = start + rest
+    top = lse.amax(0)
+    log_sum = tree_sum((start - top + rest).exp().unbind(0)).log()
+    sums = [tree_sum([s + n * d for s, n, d in zip(below[0], real, lse - top, strict=True)])] if below else []
+    return [top, log_sum, decode_logit(first, second).gather(0, owner[None])[0], *sums]
 
 
 def write_gradients(
@@ -193,9 +184,11 @@ def write_gradients(
             kernel(outs[piece.tensor], tensors[piece.tensor], targets, piece, (top, log_sum), grad, criterion)
         return
     grad = grad.masked_fill(~kept, 0)[:, None]
-    lse = top + log_sum
     # What turns a softmax within a piece into the slope of the loss by log-sum-exp.
-    shares = local[:, 1] * (local[:, 0] - top - log_sum).exp() * (1 + 2 * criterion.z_loss * lse)
+    start, rest = decode_lse(local[:, 0], local[:, 1])
+    shares = (start - top + rest - log_sum).exp()
+    if criterion.z_loss:
+        shares *= 1 + 2 * criterion.z_loss * (top + log_sum)
     for piece, share in zip(pieces, shares, strict=True):
         out, rows = outs[piece.tensor], tensors[piece.tensor]
         out[:, piece.columns.stop : piece.stop] = 0
