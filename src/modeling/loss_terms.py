@@ -115,7 +115,7 @@ def statistics(rows: Tensor, targets: Tensor, piece: Piece, criterion: Criterion
             below[0][block] = (x - top[:, None]).sum(-1)
     words = encode(tops, exps, logits, owned)
     if with_sum:
-        below[0] += piece.valid * (tops - torch.add(*decode_lse(*words)))
+        below[0].add_(tops - torch.add(*decode_lse(*words)), alpha=piece.valid)
     return torch.stack([*words, *below])
 
 
