@@ -150,12 +150,12 @@ def attention(p: Picture) -> None:
 
 
 def head_and_loss(p: Picture) -> None:
-    """Logits stay cut; three numbers per token and rank are enough for the loss."""
+    """Logits stay cut; two numbers per token and rank are enough for the loss."""
     p.tensor(0, 0, 2, 2.5, "x  [s, h]")
     p.arrow(2.3, 1.25, 3.2, "nothing", "all-reduce of dx")
     p.tensor(5.8, 0, 4, 2.5, "logits  [s, v]", "columns")
     p.text(10.6, 1.25, "→")
-    p.tensor(11.3, 0, 1.6, 2.5, "max, Σexp, target", "columns")
+    p.tensor(11.3, 0, 1.6, 2.5, "two numbers", "columns")
     p.arrow(13.3, 1.25, 3.4, "all-gather", "nothing")
     p.tensor(17.2, 0.75, 1, 1, "loss")
 

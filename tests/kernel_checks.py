@@ -342,6 +342,24 @@ def test_cross_entropy_of_a_shard_among_others(
     compare(f, logits, factor=2)
 
 
+@pytest.mark.parametrize("left_to_the_body", ["statistics", "losses", "gradient"])
+def test_cross_entropy_partly_by_kernels(left_to_the_body: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where one pass is compiled and the other is not: they understand each other."""
+
+    def lookup(op: str, *arguments: Any) -> Any:
+        return None if op.endswith(left_to_the_body) else registry.lookup(op, *arguments)
+
+    monkeypatch.setattr(loss_terms, "lookup", lookup)
+    targets, logits = torch.tensor([1, 40, 49, 7], device=DEVICE), numbers(0, 4, 76)
+    logits[0, 1], logits[1, :40] = -300, 20
+
+    def f(logits: Tensor) -> Tensor:
+        options: dict[str, Any] = {"vocab_size": 50, "label_smoothing": 0.1, "z_loss": 0.01, "reduction": "none"}
+        return vocab_parallel_cross_entropy(logits, targets, group=Group.single(4), **options)
+
+    compare(f, logits, factor=2)
+
+
 @dtypes
 @pytest.mark.parametrize("num_shards", [1, 2])
 def test_cross_entropy_over_its_logits(dtype: torch.dtype, num_shards: int, served: list[str]) -> None:
@@ -386,6 +404,30 @@ def test_cross_entropy_far_from_zero_and_with_no_chance(dtype: torch.dtype, offs
     logits[2, :36] = -math.inf
     loss_, grad = compare(lambda x: vocab_parallel_cross_entropy(x, targets, group=None, reduction="none"), logits)
     assert loss_.isfinite().all() and grad.isfinite().all() and loss_[2] == 0
+
+
+@dtypes
+@pytest.mark.parametrize("num_shards", [1, 2, 4])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("offset", [0.0, 2.0**14, -(2.0**14)])
+def test_cross_entropy_of_targets_far_below(
+    dtype: torch.dtype, num_shards: int, smoothing: float, offset: float
+) -> None:
+    """In the shard of the row's maximum and in another; each loss is held against its own size."""
+    targets = torch.tensor([3, 40, 3, 40, 3, 40, 5], device=DEVICE)
+    logits = numbers(0, 7, 44).round() + offset
+    logits[:, 4] += 16
+    logits[[0, 1], targets[:2]] -= 1e3
+    logits[[2, 3], targets[2:4]] = -3e4
+    logits[[4, 5], targets[4:6]] = -3e4 if smoothing else -math.inf
+    logits = logits.to(dtype)
+
+    def f(logits: Tensor) -> Tensor:
+        options: dict[str, Any] = {"vocab_size": 42, "label_smoothing": smoothing, "reduction": "none"}
+        return vocab_parallel_cross_entropy(logits, targets, group=Group.single(num_shards), **options)
+
+    loss, _ = compare(f, logits, factor=2)
+    torch.testing.assert_close(loss.double(), f(logits.double()), rtol=2e-6, atol=2e-5)
 
 
 def test_cross_entropy_gradient_takes_any_scale() -> None:

@@ -73,7 +73,8 @@ FLOORS = {
         {"norm", "rope", "swiglu", "embedding", "cross_entropy"},
     ],
     "modeling": [
-        {"columns", "config", "checks", "conversion", "loss_terms", "parameters"},
+        {"columns", "config", "checks", "conversion", "loss_words", "parameters"},
+        {"loss_terms"},
         {"norm", "pos_emb", "linear", "kv_linear", "dropout", "vocab_emb", "loss"},
         {"attention", "mlp", "linear_loss"},
         {"block", "lm_head"},

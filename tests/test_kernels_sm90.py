@@ -149,7 +149,7 @@ def cross_entropy_of(with_sum: bool, dtype: torch.dtype = torch.bfloat16) -> Non
 
 # The narrow loads and stores that each kernel may have for a thread: ids, targets, statistics of a row. One more tells
 # which row it is.
-NARROW = {"_gather": 1, "_sum": 2 + embedding.TOKENS, "_statistics": 2 + 4, "_gradient": 4}
+NARROW = {"_gather": 1, "_sum": 2 + embedding.TOKENS, "_statistics": 2 + 3, "_gradient": 4}
 OF_A_DTYPE: dict[str, Callable[..., None]] = {
     "swiglu": partial(swiglu_of, 3584),
     "swiglu of halves": partial(swiglu_of_halves_of, 7168),

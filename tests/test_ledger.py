@@ -162,7 +162,7 @@ def test_nested_ledgers_and_an_error_inside() -> None:
 
 ARGS = ModelArgs(dim=16, n_layers=3, n_heads=4, vocab_size=32, multiple_of=8, max_seq_len=4)
 # Activations are 2 x 4 x 16 float32 values: 512 bytes, sent once between two ranks, 1.5 times between four; the loss
-# gathers three float32 values per token: 96 bytes.
+# gathers two float32 values per token: 64 bytes.
 TWO = """\
 module                   phase     op          count  payload  on the wire
 tok_embeddings           forward   all_reduce      1    512 B        512 B
@@ -170,7 +170,7 @@ layers.0-2.attention     forward   all_reduce      3  1.5 KiB      1.5 KiB
 layers.0-2.attention     backward  all_reduce      3  1.5 KiB      1.5 KiB
 layers.0-2.feed_forward  forward   all_reduce      3  1.5 KiB      1.5 KiB
 layers.0-2.feed_forward  backward  all_reduce      3  1.5 KiB      1.5 KiB
-(no module)              forward   all_gather      1     96 B         96 B
+(no module)              forward   all_gather      1     64 B         64 B
 output                   backward  all_reduce      1    512 B        512 B
 total                    forward                   8  3.6 KiB      3.6 KiB
 total                    backward                  7  3.5 KiB      3.5 KiB
@@ -182,11 +182,11 @@ layers.0-2.attention     forward   all_reduce      3  1.5 KiB      2.2 KiB
 layers.0-2.attention     backward  all_reduce      3  1.5 KiB      2.2 KiB
 layers.0-2.feed_forward  forward   all_reduce      3  1.5 KiB      2.2 KiB
 layers.0-2.feed_forward  backward  all_reduce      3  1.5 KiB      2.2 KiB
-(no module)              forward   all_gather      1     96 B        288 B
+(no module)              forward   all_gather      1     64 B        192 B
 output                   backward  all_reduce      1    512 B        768 B
-total                    forward                   8  3.6 KiB      5.5 KiB
+total                    forward                   8  3.6 KiB      5.4 KiB
 total                    backward                  7  3.5 KiB      5.2 KiB
-total                                             15  7.1 KiB     10.8 KiB"""
+total                                             15  7.1 KiB     10.7 KiB"""
 
 
 def table(group: Group) -> tuple[str, str]:

@@ -200,7 +200,7 @@ def sent(group: Group, block_tokens: int | None) -> list[tuple[str, str, int]]:
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("block_tokens", [None, 4])
 def test_one_collective_each_way(ranks: Ranks, block_tokens: int | None) -> None:
-    want = [("all_gather", "forward", 21 * 12), ("all_reduce", "backward", 21 * HIDDEN * 4)]
+    want = [("all_gather", "forward", 21 * 8), ("all_reduce", "backward", 21 * HIDDEN * 4)]
     assert ranks(sent, block_tokens) == [want] * 2
 
 

@@ -45,13 +45,13 @@ def supports(rows: Tensor, targets: Tensor) -> bool:
 
 
 def cross_entropy_statistics(rows: Tensor, targets: Tensor, piece: Piece, with_sum: bool) -> Tensor:
-    """``rows [n, columns]``, ``targets [n]`` -> ``[3 or 4, n]`` in float32.
+    """``rows [n, columns]``, ``targets [n]`` -> ``[2 or 3, n]`` in float32.
 
-    Maximum, sum of exponentials below it, target logit (0 if it lies elsewhere), sum of the logits below the maximum.
-    Each row belongs to one program: its numbers do not depend on the other rows.
+    The two words of ``modeling.loss_words``, and the sum of the logits below their log-sum-exp. Each row belongs to one
+    program: its numbers do not depend on the other rows.
     """
     new = rows.new_empty if piece.valid else rows.new_zeros
-    out = new(4 if with_sum else 3, len(rows), dtype=torch.float32)
+    out = new(3 if with_sum else 2, len(rows), dtype=torch.float32)
     if piece.valid:
         vector = 16 // rows.element_size()
         settings = {"VALID": piece.valid, "LANES": BLOCK // vector, "VECTOR": vector, "WITH_SUM": with_sum}
@@ -64,7 +64,8 @@ def cross_entropy_statistics(rows: Tensor, targets: Tensor, piece: Piece, with_s
 def cross_entropy_losses(
     statistics: Tensor, targets: Tensor, width: int, criterion: Criterion
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Statistics ``[V, 3 or 4, n]`` of all logical shards -> losses, maximum and log of the sum below it, ``[n]`` each.
+    """Statistics ``[V, 2 or 3, n]`` of all logical shards -> losses, largest log-sum-exp of a shard, log of the sum
+    below it, ``[n]`` each.
 
     Shards are summed in their order, the same way on every rank.
     """
@@ -87,7 +88,7 @@ def cross_entropy_gradient(
 ) -> None:
     """Write the columns of ``piece`` of the gradient ``out [n, columns]``; those that pad the vocabulary become 0.
 
-    ``statistics [n]``: maximum and log of the sum below it. ``grad [n]``: that of the losses.
+    ``statistics [n]``: a shift and log of the sum of exponentials below it. ``grad [n]``: that of the losses.
     """
     width, shard, shards = _layout(rows, piece)
     settings = {"WIDTH": width, "VALID": piece.valid, "BLOCK": BLOCK}
@@ -105,6 +106,21 @@ def _layout(rows: Tensor, piece: Piece) -> tuple[int, int, int]:
     """Width of a logical shard, which of the shards here it is, and their number."""
     width = piece.stop - piece.start
     return width, piece.start // width, rows.shape[1] // width
+
+
+@triton.jit
+def _encode(top, exps, target, owned):
+    log_sum = tl.log(exps)
+    lse = top + log_sum
+    logit = tl.where(owned, target, top)
+    loss = top - tl.maximum(logit, LOWEST) + log_sum
+    far = loss > tl.abs(lse)
+    return tl.where(far, lse, logit), tl.where(far, logit - lse, loss)
+
+
+@triton.jit
+def _decode_lse(first, second):
+    return tl.maximum(first, LOWEST), tl.where(second < 0, 0.0, second)  # NaN stays NaN
 
 
 # Where a shard begins follows from its constant width, and is not specialized on: a shard among others is loaded, and
@@ -147,17 +163,20 @@ def _statistics(
             seen += tl.minimum(tl.maximum(VALID - start - lane, 0), VECTOR).to(tl.float32)
         top = higher
     highest = tl.max(top, 0)
-    tl.store(out + row, highest)
     total = tl.sum(exps * tl.exp(top - highest), 0)
     # No logit lies above the lowest number: all count as it. What is not a number stays so.
     every = tl.maximum(total, VALID, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(out + rows + row, tl.where(highest > LOWEST, total, every))
+    total = tl.where(highest > LOWEST, total, every)
     column = tl.load(targets + row) - first
     owned = (column >= 0) & (column < VALID)
-    tl.store(out + 2 * rows + row, tl.load(logits + column, owned, 0.0).to(tl.float32))
+    logit = tl.load(logits + column, owned, 0.0).to(tl.float32)
+    one, other = _encode(highest, total, logit, owned)
+    tl.store(out + row, one)
+    tl.store(out + rows + row, other)
     if WITH_SUM:
         sums += tl.where(seen > 0, seen * (top - highest), 0.0)
-        tl.store(out + 3 * rows + row, tl.sum(sums, 0))
+        start, rest = _decode_lse(one, other)
+        tl.store(out + 2 * rows + row, tl.sum(sums, 0) + VALID * (highest - (start + rest)))
 
 
 @triton.jit(do_not_specialize=["vocab_size", "ignored"])
@@ -180,29 +199,33 @@ def _losses(
 ):
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     mask = token < size
+    target = tl.load(targets + token, mask, 0)
     statistics += token
-    top = tl.load(statistics, mask, 0.0)
-    for shard in tl.static_range(1, SHARDS):
-        top = tl.maximum(top, tl.load(statistics + shard * KINDS * size, mask, 0.0))
+    top = tl.full([TOKENS], LOWEST, tl.float32)
+    for shard in tl.static_range(0, SHARDS):
+        words = statistics + shard * KINDS * size
+        start, rest = _decode_lse(tl.load(words, mask, 0.0), tl.load(words + size, mask, 0.0))
+        top = tl.maximum(top, start + rest)
     exps = tl.zeros([TOKENS], tl.float32)
     logit = tl.zeros([TOKENS], tl.float32)
     below = tl.zeros([TOKENS], tl.float32)
     for shard in tl.static_range(0, SHARDS):
-        at = statistics + shard * KINDS * size
-        shift = tl.load(at, mask, 0.0) - top
-        exps += tl.load(at + size, mask, 1.0) * tl.exp(shift)
-        logit += tl.load(at + 2 * size, mask, 0.0)
-        if KINDS == 4:
-            below += tl.load(at + 3 * size, mask, 0.0) + shift * tl.minimum(width, vocab_size - shard * width)
+        words = statistics + shard * KINDS * size
+        one, other = tl.load(words, mask, 0.0), tl.load(words + size, mask, 0.0)
+        start, rest = _decode_lse(one, other)
+        exps += tl.exp(start - top + rest)
+        logit = tl.where(target // width == shard, one + tl.minimum(other, 0.0), logit)
+        if KINDS == 3:
+            shift = start + rest - top
+            below += tl.load(words + 2 * size, mask, 0.0) + shift * tl.minimum(width, vocab_size - shard * width)
     log_sum = tl.log(exps)
     lse = top + log_sum
     total = log_sum - by_target * (logit - top)
-    if KINDS == 4:
+    if KINDS == 3:
         total -= by_all * below
     if z_loss != 0:
         total += z_loss * lse * lse
-    kept = tl.load(targets + token, mask, 0) != ignored
-    tl.store(loss + token, tl.where(kept, total, 0.0), mask)
+    tl.store(loss + token, tl.where(target != ignored, total, 0.0), mask)
     tl.store(top_out + token, top, mask)
     tl.store(log_out + token, log_sum, mask)
 

@@ -35,9 +35,9 @@ def vocab_parallel_cross_entropy(
 
     ``vocab_size`` is the number of real columns when the vocabulary is padded. ``reduction`` and ``ignore_index`` mean
     what they mean in ``F.cross_entropy``; the result, replicated, is in float32 or wider. One collective: an all-gather
-    of maximum, sum of exponentials and target logit, 12 bytes per token and logical shard (16 with label smoothing);
-    an offset common to all logits costs no precision. Statistics are taken in float32 or wider, block by block, and
-    the logits are not modified. z-loss: PaLM (Chowdhery et al. 2022).
+    of 8 bytes per token and logical shard, 12 with label smoothing: a logit (the target's where the shard has it, else
+    the largest) and the log-sum-exp above it. An offset common to all logits costs no precision. Statistics are taken
+    in float32 or wider, block by block, and the logits are not modified. z-loss: PaLM (Chowdhery et al. 2022).
 
     ``inplace_backward`` lets backward write the gradient, of the same bits, over the logits: they are destroyed then,
     and no second tensor of their size is made. RuntimeError where a second backward, or that of another operation which

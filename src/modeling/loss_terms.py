@@ -15,6 +15,7 @@ from ..distributed.reduction import tree_sum
 from ..functional import wide
 from ..kernels import lookup
 from ..sharding import valid_size
+from .loss_words import decode_logit, decode_lse, encode
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -90,30 +91,32 @@ class Piece:
 
 
 def statistics(rows: Tensor, targets: Tensor, piece: Piece, criterion: Criterion) -> Tensor:
-    """``[3 or 4, n]``: maximum, sum of exponentials below it, target logit (0 if it lies elsewhere), and for label
-    smoothing the sum of the logits below the maximum."""
+    """``[2 or 3, n]``: the words of ``loss_words``; for label smoothing the sum of the logits below the log-sum-exp."""
     with_sum = criterion.label_smoothing > 0
     if kernel := lookup("cross_entropy_statistics", rows, targets):
         found: Tensor = kernel(rows, targets, piece, with_sum)
         return found
-    out = rows.new_zeros(4 if with_sum else 3, len(rows), dtype=wide(rows.dtype))
     if piece.valid == 0:
-        return out
+        return rows.new_zeros(3 if with_sum else 2, len(rows), dtype=wide(rows.dtype))
     owned, column = piece.locate(targets)
-    lowest = torch.finfo(out.dtype).min  # in place of -inf, where a row has nothing else
+    tops, exps, logits, *below = rows.new_empty(4 if with_sum else 3, len(rows), dtype=wide(rows.dtype))
+    lowest = torch.finfo(tops.dtype).min  # in place of -inf, where a row has nothing else
     for block in piece.blocks(len(rows)):
-        x = rows[block, piece.columns].to(out.dtype)
+        x = rows[block, piece.columns].to(tops.dtype)
         top = x.amax(-1)
         finite = x if _known(top > lowest) else x.clamp_min(lowest)
-        out[0, block] = top = top.clamp_min(lowest)
+        tops[block] = top = top.clamp_min(lowest)
         if torch.compiler.is_compiling():  # Inductor keeps no exponentials that are used once
-            out[1, block] = (finite - top[:, None]).exp().sum(-1)
+            exps[block] = (finite - top[:, None]).exp().sum(-1)
         else:
-            out[1, block] = torch.softmax(finite, -1).amax(-1).reciprocal()  # the largest is exp(0) over the sum
-        out[2, block] = x.gather(-1, column[block, None]).squeeze(-1).masked_fill(~owned[block], 0)
+            exps[block] = torch.softmax(finite, -1).amax(-1).reciprocal()  # the largest is exp(0) over the sum
+        logits[block] = x.gather(-1, column[block, None]).squeeze(-1)
         if with_sum:
-            out[3, block] = (x - out[0, block, None]).sum(-1)
-    return out
+            below[0][block] = (x - top[:, None]).sum(-1)
+    words = encode(tops, exps, logits, owned)
+    if with_sum:
+        below[0].add_(tops - torch.add(*decode_lse(*words)), alpha=piece.valid)
+    return torch.stack([*words, *below])
 
 
 def token_losses(
@@ -121,8 +124,8 @@ def token_losses(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Statistics ``[pieces, k, n]`` -> losses ``[n]``, and what the gradient needs. The only collective.
 
-    That is the statistics of this rank, and ``[n]`` each maximum, log of the sum below it, targets, and whether they
-    count.
+    That is the statistics of this rank, and ``[n]`` each the largest log-sum-exp of a logical shard, log of the sum
+    below it, targets, and whether they count.
     """
     gathered, kept = all_gather(local, group=group), targets != criterion.ignore_index
     if kernel := lookup("cross_entropy_losses", gathered, targets):
@@ -131,7 +134,8 @@ def token_losses(
     vocab_size, z_loss = criterion.vocab_size, criterion.z_loss
     by_target, by_all = criterion.slopes
     real = [n for n in (valid_size(vocab_size, j, width) for j in range(group.num_shards)) if n]
-    top, log_sum, target_logit, *sums = _combine(gathered, real)
+    owner = (targets // width).clamp(0, len(real) - 1)  # of a target that counts
+    top, log_sum, target_logit, *sums = _combine(gathered, owner, real)
     per_token = log_sum - by_target * (target_logit - top)
     if sums:
         per_token -= by_all * sums[0]
@@ -145,17 +149,19 @@ def _known(rows: Tensor) -> bool:
     return type(rows) is Tensor and rows.is_cpu and not torch.compiler.is_compiling() and bool(rows.all())
 
 
-def _combine(statistics: Tensor, real: list[int]) -> list[Tensor]:
-    """``[V, k, n] -> k`` tensors ``[n]``: maximum, log of the sum below it, target logit, sum of logits below it.
+def _combine(statistics: Tensor, owner: Tensor, real: list[int]) -> list[Tensor]:
+    """``[V, k, n] -> k + 1`` tensors ``[n]``: largest log-sum-exp, log of the sum below it, logit of the target, which
+    lies in logical shard ``owner [n]``, sum of the logits below the largest log-sum-exp.
 
     ``real`` has the number of real columns of each logical shard that has any; sums follow the fixed tree.
     """
-    tops, exps, targets, *sums = statistics[: len(real)].unbind(1)
-    top = tops.amax(0)
-    shift = tops - top
-    log_sum = tree_sum((exps * shift.exp()).unbind(0)).log()
-    below = [tree_sum([s + n * d for s, n, d in zip(sums[0], real, shift, strict=True)])] if sums else []
-    return [top, log_sum, tree_sum(targets.unbind(0)), *below]
+    first, second, *below = statistics[: len(real)].unbind(1)
+    start, rest = decode_lse(first, second)
+    lse = start + rest
+    top = lse.amax(0)
+    log_sum = tree_sum((start - top + rest).exp().unbind(0)).log()
+    sums = [tree_sum([s + n * d for s, n, d in zip(below[0], real, lse - top, strict=True)])] if below else []
+    return [top, log_sum, decode_logit(first, second).gather(0, owner[None])[0], *sums]
 
 
 def write_gradients(
@@ -178,9 +184,11 @@ def write_gradients(
             kernel(outs[piece.tensor], tensors[piece.tensor], targets, piece, (top, log_sum), grad, criterion)
         return
     grad = grad.masked_fill(~kept, 0)[:, None]
-    lse = top + log_sum
     # What turns a softmax within a piece into the slope of the loss by log-sum-exp.
-    shares = local[:, 1] * (local[:, 0] - top - log_sum).exp() * (1 + 2 * criterion.z_loss * lse)
+    start, rest = decode_lse(local[:, 0], local[:, 1])
+    shares = (start - top + rest - log_sum).exp()
+    if criterion.z_loss:
+        shares *= 1 + 2 * criterion.z_loss * (top + log_sum)
     for piece, share in zip(pieces, shares, strict=True):
         out, rows = outs[piece.tensor], tensors[piece.tensor]
         out[:, piece.columns.stop : piece.stop] = 0
