@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from scripts import planning
 from scripts.plan import MODELS, main
 from scripts.planning import Job, RankPlan, plan_rank
 from src import Group, simulate
-from src.modeling import ModelArgs, Transformer, vocab_parallel_cross_entropy
+from src.modeling import ModelArgs, Transformer, columns, linear, vocab_parallel_cross_entropy
 
 # https://huggingface.co/meta-llama: number of parameters in each model's safetensors.
 PUBLISHED = {"llama3-8b": 8_030_261_248, "llama3-70b": 70_553_706_496, "llama3-405b": 405_853_388_800}
@@ -81,13 +82,29 @@ def kept_by_a_real_run(group: Group, planned: Job) -> int:
     return sum(size for address, size in by_address.items() if address not in parameters)
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("way", WAYS)
-def test_activations_are_those_of_a_real_run(way: str, dtype: torch.dtype) -> None:
+def test_activations_are_those_of_a_real_run(
+    monkeypatch: pytest.MonkeyPatch, way: str, dtype: torch.dtype, overlap: bool
+) -> None:
     world_size, options = WAYS[way]
     planned = job(dtype=dtype, **options)
+    sent = bytes_sent(plan_rank(planned, world_size))
+    if overlap:
+        monkeypatch.setattr(columns, "MIN_BYTES", 0)
+        monkeypatch.setattr(linear, "MIN_FLOPS", 0)
     real = simulate(kept_by_a_real_run, world_size, planned, num_shards=planned.num_shards)
-    assert real == [plan_rank(planned, world_size).memory["activations"]] * world_size
+    plan = plan_rank(planned, world_size)
+    assert real == [plan.memory["activations"]] * world_size
+    assert bytes_sent(plan) == sent
+
+
+def bytes_sent(plan: RankPlan) -> Counter[tuple[str, str]]:
+    sent: Counter[tuple[str, str]] = Counter()
+    for record in plan.ledger.records:
+        sent[record.phase, record.op] += record.payload_bytes
+    return sent
 
 
 def test_memory_by_hand() -> None:

@@ -120,6 +120,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def _overlap(one: Tensor, other: Tensor) -> bool:
+    if one.is_meta or other.is_meta:  # of which each lies at address 0
+        return False
     if one.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
         return False
     starts, ends = zip(*((t.data_ptr(), t.data_ptr() + _extent(t)) for t in (one, other)), strict=True)

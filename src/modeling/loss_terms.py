@@ -76,9 +76,11 @@ class Piece:
     def columns(self) -> slice:
         return slice(self.start, self.start + self.valid)
 
-    def blocks(self, num_rows: int) -> list[slice]:
-        """Runs of rows, cut the same way at every world size; all of them where torch.compile makes one pass of it."""
-        if torch.compiler.is_compiling():
+    def blocks(self, rows: Tensor) -> list[slice]:
+        """Runs of rows, cut the same way at every world size; all where torch.compile makes one pass of it, or where
+        there are no numbers."""
+        num_rows = len(rows)
+        if torch.compiler.is_compiling() or rows.is_meta:
             return [slice(0, num_rows)]
         height = max(1, BLOCK_ELEMENTS // max(self.valid, 1))
         return [slice(i, min(i + height, num_rows)) for i in range(0, num_rows, height)]
@@ -101,7 +103,7 @@ def statistics(rows: Tensor, targets: Tensor, piece: Piece, criterion: Criterion
     owned, column = piece.locate(targets)
     tops, exps, logits, *below = rows.new_empty(4 if with_sum else 3, len(rows), dtype=wide(rows.dtype))
     lowest = torch.finfo(tops.dtype).min  # in place of -inf, where a row has nothing else
-    for block in piece.blocks(len(rows)):
+    for block in piece.blocks(rows):
         x = rows[block, piece.columns].to(tops.dtype)
         top = x.amax(-1)
         finite = x if _known(top > lowest) else x.clamp_min(lowest)
@@ -213,7 +215,7 @@ def _write_slopes(
     owned, column = piece.locate(targets)
     at_target = (-slope_target * grad).masked_fill(~owned[:, None], 0)
     by_softmax = share[:, None] * grad
-    for block in piece.blocks(len(rows)):
+    for block in piece.blocks(rows):
         place, x = out[block], rows[block].to(share.dtype)
         x = x if known else x.clamp_min(lowest)
         direct = place.dtype == x.dtype and not compiling
