@@ -44,7 +44,7 @@ def test_published_numbers_of_parameters(model: str) -> None:
     first, second = simulate(sizes_by_name, 2, args)
     norms = sum(size for name, size in first.items() if "norm" in name)
     assert sum(first.values()) + sum(second.values()) - norms == PUBLISHED[model]
-    plan = plan_rank(Job(args, 1, 16, torch.bfloat16), 8)
+    plan = plan_rank(Job(args, 1, 8192, torch.bfloat16), 8)
     assert plan.all_parameters == PUBLISHED[model]
     assert plan.parameters == (PUBLISHED[model] - norms) // 8 + norms
     assert plan.memory["parameters"] == plan.memory["gradients"] == 2 * plan.parameters
