@@ -20,13 +20,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x [..., in]``, ``weight [out, in]``, ``bias [out]`` -> ``x W^T + b [..., out]``, under autocast too.
 
     On CPUs without units for bfloat16 such products are taken in float32 and rounded once. Under autocast each use of a
-    parameter is cast alone: autocast would cast a parameter once, but a logical shard of it at each use, and add the
+    parameter that learns is cast alone: autocast would cast it once, but a logical shard of it at each use, and add the
     gradients of its uses before or after rounding.
     """
     if kernel := lookup("linear", x, weight, bias):
         y: Tensor = kernel(x, weight, bias)
         return y
-    if autocast_dtype(x.device) is not None and (dtype := product_dtype(x, weight)) is not None:
+    casts = torch.is_grad_enabled() and autocast_dtype(x.device) is not None
+    if casts and (dtype := product_dtype(x, weight)) is not None:
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     return F.linear(x, weight, bias)
 

@@ -168,26 +168,26 @@ class SharedInput:
     """
 
     def __init__(self, parent: nn.Module, children: list[Any]) -> None:
-        self._children = children if len(children) > 1 else []
-        self._running = False
+        self._children: list[Any] = []  # while the module runs: they refer to this object
         self._last: tuple[Tensor, int, SharedCopies] | None = None
-        for child in self._children:
+        for child in children if len(children) > 1 else ():
             child.products = self.products
         parent.register_forward_pre_hook(self._begin)
         parent.register_forward_hook(self._end, always_call=True)
 
-    def _begin(self, *_: Any) -> None:
-        self._running = True
+    def _begin(self, parent: nn.Module, _: Any) -> None:
+        self._children = [child for child in parent.children() if getattr(child, "products", None) == self.products]
 
     def _end(self, *_: Any) -> None:
-        self._running, self._last = False, None
+        self._children, self._last = [], None
 
     def products(self, x: Tensor, layers: Sequence[Any], **place: Any) -> list[list[Tensor]]:
-        """As ``column_products``."""
-        if not (self._running and x.requires_grad and torch.is_grad_enabled()):
+        """As ``column_products``. With the module's first tensor all children are expected, with others who comes."""
+        if not (self._children and x.requires_grad and torch.is_grad_enabled()):
             return column_products(x, layers, **place)
         if self._last is None or self._last[0] is not x or self._last[1] != x._version:
-            self._last = (x, x._version, SharedCopies(x, self._children, **place))
+            expected = layers if self._last else self._children
+            self._last = (x, x._version, SharedCopies(x, expected, **place))
         return [self._last[2].products(layer) for layer in layers]
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from src import Group
 from src.modeling import ColumnParallelLinear, RowParallelLinear
@@ -130,3 +131,22 @@ def test_autocast_of_a_layer_that_is_used_often_has_the_same_bits_at_every_size(
     for place in [("simulated", 2), ("simulated", 8), ("gloo", 2)]:
         got = whole(ranks.on(*place)(used_often, num_shards=8), {"y": -1, "weight": 0, "bias": 0})
         assert not [name for name in want if not torch.equal(got[name], want[name])], place
+
+
+class Casts(TorchDispatchMode):
+    """Counts the copies of a shape to another dtype."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._to_copy.default and args[0].shape == self.shape
+        return func(*args, **(kwargs or {}))
+
+
+def test_autocast_without_gradients_casts_a_weight_once() -> None:
+    layer, x = ColumnParallelLinear(16, 32), torch.ones(5, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Casts((32, 16)) as casts:
+        layer(x), layer(x)
+    assert casts.count == 1

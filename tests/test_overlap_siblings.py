@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from src import Group, Heads, Ledger, parallelize, simulate
+from src.distributed import overlap
 from src.modeling import columns
 from src.testing import Ranks
 from tests import test_tensor_parallel
@@ -28,6 +31,9 @@ class Siblings(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return mixed(self.q(x), self.k(x), self.v(x))
+
+    def ready(self) -> None:
+        """Called when the layers are parallel."""
 
 
 class Repeated(Siblings):
@@ -66,7 +72,40 @@ class Precise(Siblings):
         return mixed(y, z, self.v.requires_grad_(False)(x))
 
 
-KINDS: list[type[Siblings]] = [Siblings, Repeated, Replaced, Changed, Precise]
+class InPlace(Siblings):
+    """The output of a child is modified."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return mixed(self.q(x).relu_(), self.k(x), self.v(x))
+
+
+class Recomputed(Siblings):
+    """Each call of a child is recomputed in backward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        children = self.q, self.k, self.q
+        return mixed(*(checkpoint(child, x, use_reentrant=False) for child in children))
+
+
+class Fetched(Siblings):
+    """A weight is there only while its layer runs."""
+
+    def ready(self) -> None:
+        kept, self.k.weight.data = self.k.weight.data, torch.empty(0)
+
+        def fetch(layer: nn.Module, _: Any) -> None:
+            layer.weight.data = kept
+
+        self.k.register_forward_pre_hook(fetch)
+
+
+class TwoInputs(Siblings):
+    def forward(self, x: Tensor) -> Tensor:
+        other = x * 2
+        return mixed(self.q(x), self.k(other), self.v(other))
+
+
+KINDS = [Siblings, Repeated, Replaced, Changed, Precise, InPlace, Recomputed, Fetched, TwoInputs]
 PLANS: dict[str, dict[str, Any]] = {
     "columns": {"?": "column"},
     "heads": {"q": Heads(8), "[kv]": Heads(8, 2)},
@@ -76,7 +115,9 @@ PLANS: dict[str, dict[str, Any]] = {
 def siblings(kind: type[Siblings], group: Group, plan: str = "columns", width: int = 48) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return parallelize(kind(width), group, PLANS[plan])
+        module: Any = parallelize(kind(width), group, PLANS[plan])
+    module.ready()
+    return module
 
 
 def events(group: Group) -> list[Any]:
@@ -155,8 +196,7 @@ def test_weights_that_are_no_plain_tensors_are_multiplied_as_ever(monkeypatch: p
         module = siblings(Siblings, group)
         module.k.weight.__class__ = Other
         with Ledger() as ledger, Products(ledger):
-            y = module(torch.ones(2, 8, 16, requires_grad=True))
-            y.sum().backward()
+            module(torch.ones(2, 8, 16, requires_grad=True)).sum().backward()
         return in_order(ledger)
 
     monkeypatch.setattr(columns, "MIN_BYTES", 0)
@@ -164,6 +204,15 @@ def test_weights_that_are_no_plain_tensors_are_multiplied_as_ever(monkeypatch: p
         assert found.index("started all_reduce") - len(found) == -4  # dW of v, dW of q, waited
 
 
+@pytest.fixture
+def without_gc() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("without_gc")
 def test_inputs_are_freed_with_their_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     def program(group: Group) -> list[bool]:
         module, found = siblings(Siblings, group), []
@@ -178,9 +227,36 @@ def test_inputs_are_freed_with_their_graph(monkeypatch: pytest.MonkeyPatch) -> N
         return found
 
     monkeypatch.setattr(columns, "MIN_BYTES", 0)
-    gc.collect()
-    gc.disable()
-    try:
-        assert simulate(program, 2) == [[True, True]] * 2
-    finally:
-        gc.enable()
+    assert simulate(program, 2) == [[True, True]] * 2
+
+
+@pytest.mark.usefixtures("without_gc")
+def test_weights_are_freed_with_their_module() -> None:
+    module = siblings(Siblings, Group.single())
+    module(torch.ones(2, 8, 16, requires_grad=True))
+    reference = weakref.ref(module.q.weight)
+    del module
+    assert reference() is None
+
+
+def test_nothing_is_left_for_gradients_that_nobody_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[list[Any]] = []
+
+    def program(group: Group) -> None:
+        x = torch.ones(2, 8, 16, requires_grad=True)
+        y = siblings(Siblings, group)(x)
+        torch.autograd.grad(y.sum(), [x])
+
+    prepared = overlap.Prepared
+    monkeypatch.setattr(overlap, "Prepared", lambda *args: left.append(args[-1]) or prepared(*args))
+    monkeypatch.setattr(columns, "MIN_BYTES", 0)
+    simulate(program, 2)
+    assert left == [[]] * 6
+
+
+def test_a_second_input_is_prepared_for_who_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, prepare = [], overlap.EarlySum.prepare
+    monkeypatch.setattr(overlap.EarlySum, "prepare", lambda *args: calls.append(1) or prepare(*args))
+    monkeypatch.setattr(columns, "MIN_BYTES", 0)
+    simulate(lambda group: siblings(TwoInputs, group)(torch.ones(2, 8, 16, requires_grad=True)), 2)
+    assert len(calls) == 2 * (3 + 1 + 1)

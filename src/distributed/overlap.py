@@ -10,7 +10,7 @@ The second has not, for a kernel may take another path for fewer rows: it is for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,6 @@ from torch.autograd.function import once_differentiable
 from .collectives import all_gather, start_all_reduce, start_reduce_scatter
 from .group import Group
 from .reduction import tree_sum
-
-Parameters = tuple[Sequence[Tensor], Sequence[Tensor | None]]
-"""Weights ``[out, in]`` and biases ``[out]`` of a layer, one of each per logical shard of this rank."""
 
 CHUNKS = 4
 """Into how many chunks ``multiply_reduce`` cuts the tokens."""
@@ -42,40 +39,56 @@ class Product:
     weight_grad: Callable[[Tensor, Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A layer's weights ``[out, in]`` and biases ``[out]``, one of each per logical shard, for an ``EarlySum``.
+
+    ``late`` are the same for autograd alone, ``left`` what their gradients will be computed of.
+    """
+
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor | None]
+    late: Sequence[Tensor | None]
+    left: list[Any]
+
+
 class EarlySum:
     """Copies of ``x`` to multiply, one layer after another, whose gradients are summed before those of the weights.
 
     Autograd runs the nodes that it can in the reverse order of their making: those of ``multiply`` hand the gradient of
     x on and leave what the weights need to ``_Late``; when all did, ``_Start`` sums over shards and starts the
     collective; the nodes of ``_Late``, which are older, compute the gradients of weights; ``_Finish`` waits. Another
-    order would only cost time.
+    order, as that of a layer which is prepared after the first was multiplied, only costs time.
     """
 
-    def __init__(
-        self, x: Tensor, layers: Mapping[Any, Parameters], *, group: Group, product: Product, sequence_parallel: bool
-    ) -> None:
-        self._product = product
-        self._layers: dict[Any, tuple[list[Any], Sequence[Tensor | None], torch.dtype]] = {}
+    def __init__(self, x: Tensor, *, group: Group, product: Product, sequence_parallel: bool) -> None:
+        self._group, self._product, self._sequence = group, product, sequence_parallel
+        self._running: list[Callable[[], Tensor]] = []
+        self._entered = _Finish.apply(x, self._running)  # type: ignore[no-untyped-call]
         self._wholes: dict[torch.dtype, Tensor] = {}
-        running: list[Callable[[], Tensor]] = []
-        entered = _Finish.apply(x, running)  # type: ignore[no-untyped-call]
-        for layer, (weights, biases) in layers.items():
-            left: list[Any] = []
-            late = _Late.apply(left, product, *weights, *biases)  # type: ignore[no-untyped-call]
-            self._layers[layer] = left, late, weights[0].dtype
-        self.copies: Sequence[Tensor] = _Start.apply(  # type: ignore[no-untyped-call]
-            entered, group, sequence_parallel, running
-        )
 
-    def multiply(self, layer: Any) -> list[Tensor]:
-        """``x W^T + b`` of each logical shard of this rank: ``[..., out]`` each. Once for each layer."""
-        left, late, dtype = self._layers.pop(layer)
+    def prepare(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Prepared:
+        """A layer that may be multiplied, once; the best time is before ``start``."""
+        left: list[Any] = []
+        late = _Late.apply(left, self._product, *weights, *biases)  # type: ignore[no-untyped-call]
+        return Prepared(weights, biases, late, left)
+
+    def start(self) -> Sequence[Tensor]:
+        """The whole x, once per logical shard of this rank. To be called once, before ``multiply``."""
+        place = self._group, self._sequence, self._running
+        copies: Sequence[Tensor] = _Start.apply(self._entered, *place)  # type: ignore[no-untyped-call]
+        self._copies = copies
+        return copies
+
+    def multiply(self, layer: Prepared, dtype: torch.dtype) -> list[Tensor]:
+        """``x W^T + b`` in ``dtype``, of each logical shard of this rank: ``[..., out]`` each."""
         if dtype not in self._wholes:
-            self._wholes[dtype] = self.copies[0].detach().to(dtype)
+            self._wholes[dtype] = self._copies[0].detach().to(dtype)
+        weights = [weight.detach().to(dtype) for weight in layer.weights]
+        biases = [None if bias is None else bias.detach().to(dtype) for bias in layer.biases]
+        values = self._wholes[dtype], weights, biases
         return list(
-            _Multiply.apply(  # type: ignore[no-untyped-call]
-                self._wholes[dtype], left, self._product, *self.copies, *late
-            )
+            _Multiply.apply(values, layer.left, self._product, *self._copies, *layer.late)  # type: ignore[no-untyped-call]
         )
 
 
@@ -130,28 +143,32 @@ class _Start(torch.autograd.Function):
 
 
 class _Multiply(torch.autograd.Function):
-    """``tensors`` are copies of x, weights and biases, one of each per logical shard."""
+    """``values`` are the numbers, x and one weight and bias per logical shard; ``edges`` lead to where gradients go,
+    the copies of x and what ``_Late`` made of the parameters."""
 
     @staticmethod
-    def forward(ctx: Any, whole: Tensor, left: list[Any], product: Product, *tensors: Any) -> tuple[Tensor, ...]:
-        count = len(tensors) // 3
-        weights, biases = tensors[count : 2 * count], tensors[2 * count :]
-        ctx.left, ctx.product = left, product
+    def forward(ctx: Any, values: Any, left: list[Any], product: Product, *edges: Tensor | None) -> tuple[Tensor, ...]:
+        whole, weights, biases = values
+        ctx.left, ctx.product, ctx.num_edges = left, product, len(edges)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(whole, *weights)
-        return tuple(product.forward(whole, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+        products = [product.forward(whole, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        # Not the views that F.linear may give: as results they could not be modified in place.
+        return tuple(torch.ops.aten._unsafe_view(y, y.shape) for y in products)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         whole, *weights = ctx.saved_tensors
         flat = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        ctx.left[:] = [(flat, whole.reshape(-1, whole.shape[-1]))]
+        late = ctx.next_functions[-1][0]
+        if torch._C._will_engine_execute_node(late):
+            ctx.left[:] = [(flat, whole.reshape(-1, whole.shape[-1]))]
         terms = [
             None if grad is None else ctx.product.input_grad(grad, weight).view(whole.shape)
             for grad, weight in zip(flat, weights, strict=True)
         ]
-        return (None, None, None, *terms, *[None] * (2 * len(weights)))
+        return (None, None, None, *terms, *[None] * (ctx.num_edges - len(terms)))
 
 
 class _MultiplyReduce(torch.autograd.Function):

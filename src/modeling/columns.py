@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed.group import Group
-from ..distributed.overlap import EarlySum, Parameters, Product
+from ..distributed.overlap import EarlySum, Prepared, Product
 from ..distributed.regions import copy_to_shards, gather_to_shards
 from ..functional import linear, linear_input_grad, linear_weight_grad, product_dtype
 
 PRODUCT = Product(linear, linear_input_grad, linear_weight_grad)
+
+_State = tuple[torch.dtype, list[tuple[int, int]]]
 
 MIN_BYTES = 2**20
 """From this size on the gradient of an input is summed over the ranks while the gradients of weights are computed."""
@@ -24,6 +26,7 @@ class ColumnLayer(Protocol):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    _forward_pre_hooks: Any
 
     def shard_parameters(self) -> tuple[list[Tensor], list[Tensor | None]]:
         """Weight ``[out/V, in]`` and bias of each logical shard of this rank."""
@@ -54,29 +57,40 @@ def column_products(
 
 
 class SharedCopies:
-    """What ``column_products`` makes of ``x``, for layers of which it is not yet known which will be asked for."""
+    """What ``column_products`` makes of ``x``, for layers of which it is not yet known which will be asked for.
+
+    Those whose parameters only a hook brings are left alone until they are.
+    """
 
     def __init__(
         self, x: Tensor, layers: Iterable[ColumnLayer], *, group: Group, sequence_parallel: bool = False
     ) -> None:
         self._x = x
+        self._sum: EarlySum | None = None
+        self._prepared: dict[ColumnLayer, tuple[_State, Prepared]] = {}
+        place: Any = {"group": group, "sequence_parallel": sequence_parallel}
         size = x.nbytes * (group.world_size if sequence_parallel else 1)
         early = group.world_size > 1 and size >= MIN_BYTES and _learns(x)
-        self._states = {layer: state for layer in layers if (state := _state(x, layer))} if early else {}
-        if self._states:
-            parameters = {layer: _cast(layer, dtype) for layer, (dtype, _) in self._states.items()}
-            place: Any = {"group": group, "sequence_parallel": sequence_parallel}
-            self._sum = EarlySum(x, parameters, product=PRODUCT, **place)
-            self._copies = self._sum.copies
-        else:
-            self._copies = copies(x, group=group, sequence_parallel=sequence_parallel)
+        states = {layer: _state(x, layer) for layer in layers} if early else {}
+        if any(states.values()):
+            free = [(layer, state) for layer, state in states.items() if state and not layer._forward_pre_hooks]
+            ready = [(layer, state, layer.shard_parameters()) for layer, state in free]
+            self._sum = EarlySum(
+                x, product=PRODUCT, **place
+            )  # after the parameters: their own sums come after this one
+            for layer, state, own in ready:
+                self._prepared[layer] = state, self._sum.prepare(*own)
+        self._copies = self._sum.start() if self._sum else copies(x, **place)
 
     def products(self, layer: ColumnLayer) -> list[Tensor]:
         """``x W^T + b`` of each logical shard of this rank: ``[..., out/V]``."""
-        state = self._states.pop(layer, None)
-        if state is not None and state == _state(self._x, layer):
-            return self._sum.multiply(layer)
-        return list(map(linear, self._copies, *layer.shard_parameters()))
+        state = _state(self._x, layer) if self._sum else None
+        if self._sum is None or state is None:
+            return list(map(linear, self._copies, *layer.shard_parameters()))
+        noted, prepared = self._prepared.pop(layer, (None, None))
+        if prepared is None or noted != state:
+            prepared = self._sum.prepare(*layer.shard_parameters())
+        return self._sum.multiply(prepared, state[0])
 
 
 def copies(x: Tensor, *, group: Group, sequence_parallel: bool) -> list[Tensor]:
@@ -89,7 +103,7 @@ def _learns(x: Tensor) -> bool:
     return x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def _state(x: Tensor, layer: ColumnLayer) -> tuple[torch.dtype, list[tuple[int, int]]] | None:
+def _state(x: Tensor, layer: ColumnLayer) -> _State | None:
     """In which dtype ``layer`` multiplies, with which parameters; None where its weight does not learn, or is more than
     a plain tensor."""
     parameters = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
@@ -99,8 +113,3 @@ def _state(x: Tensor, layer: ColumnLayer) -> tuple[torch.dtype, list[tuple[int, 
     if any(type(parameter) not in (Tensor, nn.Parameter) for parameter in parameters):
         return None
     return dtype, [(id(parameter), parameter._version) for parameter in parameters]
-
-
-def _cast(layer: ColumnLayer, dtype: torch.dtype) -> Parameters:
-    weights, biases = layer.shard_parameters()
-    return [weight.to(dtype) for weight in weights], [None if bias is None else bias.to(dtype) for bias in biases]
