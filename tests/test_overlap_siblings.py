@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from src import Group, Heads, Ledger, parallelize, simulate
+from src import Group, Heads, Ledger, SimulationError, parallelize, simulate
 from src.distributed import overlap
 from src.modeling import columns
 from src.testing import Ranks
@@ -252,6 +252,18 @@ def test_nothing_is_left_for_gradients_that_nobody_asks_for(monkeypatch: pytest.
     monkeypatch.setattr(columns, "MIN_BYTES", 0)
     simulate(program, 2)
     assert left == [[]] * 6
+
+
+def test_second_derivatives_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def program(group: Group) -> None:
+        x = torch.ones(2, 8, 16, requires_grad=True)
+        (grad,) = torch.autograd.grad(siblings(Siblings, group)(x).sum(), [x], create_graph=True)
+        grad.sum().backward()
+
+    for size in (0, columns.MIN_BYTES):
+        monkeypatch.setattr(columns, "MIN_BYTES", size)
+        with pytest.raises(SimulationError, match="differentiate(d)? twice"):
+            simulate(program, 2)
 
 
 def test_a_second_input_is_prepared_for_who_comes(monkeypatch: pytest.MonkeyPatch) -> None:

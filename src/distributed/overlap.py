@@ -157,8 +157,9 @@ class _Multiply(torch.autograd.Function):
         return tuple(torch.ops.aten._unsafe_view(y, y.shape) for y in products)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # what goes past autograd would be missing without a word
+            raise RuntimeError("a column-parallel layer cannot be differentiated twice: no create_graph=True here")
         whole, *weights = ctx.saved_tensors
         flat = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
         late = ctx.next_functions[-1][0]
