@@ -74,10 +74,9 @@ class SharedCopies:
         states = {layer: _state(x, layer) for layer in layers} if early else {}
         if any(states.values()):
             free = [(layer, state) for layer, state in states.items() if state and not layer._forward_pre_hooks]
+            # Before the sum of x, so that sums of their own come after it in backward.
             ready = [(layer, state, layer.shard_parameters()) for layer, state in free]
-            self._sum = EarlySum(
-                x, product=PRODUCT, **place
-            )  # after the parameters: their own sums come after this one
+            self._sum = EarlySum(x, product=PRODUCT, **place)
             for layer, state, own in ready:
                 self._prepared[layer] = state, self._sum.prepare(*own)
         self._copies = self._sum.start() if self._sum else copies(x, **place)
