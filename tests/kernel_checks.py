@@ -407,9 +407,9 @@ def test_cross_entropy_far_from_zero_and_with_no_chance(dtype: torch.dtype, offs
 
 
 @dtypes
-@pytest.mark.parametrize("num_shards", [1, 2, 4])
+@pytest.mark.parametrize("num_shards", [1, 4])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("offset", [0.0, 2.0**14, -(2.0**14)])
+@pytest.mark.parametrize("offset", [0.0, 2.0**14])
 def test_cross_entropy_of_targets_far_below(
     dtype: torch.dtype, num_shards: int, smoothing: float, offset: float
 ) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,18 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs Tri
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, found none")
 
 
-def run(*command: str, **environment: str) -> None:
-    finished = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment}
-    )
-    assert finished.returncode == 0, finished.stdout[-8000:] + finished.stderr[-2000:]
+def run(*commands: Sequence[str], **environment: str) -> None:
+    """All at once."""
+    options: dict[str, Any] = {"cwd": ROOT, "env": {**os.environ, **environment}, "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    running = [subprocess.Popen([sys.executable, *command], **pipes, **options) for command in commands]
+    outputs = [process.communicate()[0] for process in running]
+    for process, output in zip(running, outputs, strict=True):
+        assert process.returncode == 0, output[-8000:]
 
 
-CHECKS = ("-m", "pytest", "-p", "no:cacheprovider", "-x", "tests/kernel_checks.py", "tests/accumulation_checks.py")
+PYTEST = ("-m", "pytest", "-p", "no:cacheprovider", "-x")
+CHECKS = [(*PYTEST, "tests/kernel_checks.py"), (*PYTEST, "tests/accumulation_checks.py")]
 
 
 @needs_triton
@@ -45,7 +50,7 @@ def test_kernels_on_a_gpu() -> None:
 
 def test_a_cpu_never_imports_triton() -> None:
     use = "fn.rms_norm(torch.ones(2, 4), torch.ones(4), 1e-5)"
-    run("-c", f"import sys, torch, src.modeling, src.functional as fn; {use}; assert 'triton' not in sys.modules")
+    run(("-c", f"import sys, torch, src.modeling, src.functional as fn; {use}; assert 'triton' not in sys.modules"))
 
 
 @pytest.fixture
