@@ -28,6 +28,9 @@ from .signature import Call, Signature, agree
 PATIENCE = 5.0
 """Seconds that interrupted ranks are given to unwind."""
 
+SIGNALS_EVERY = 0.5
+"""Seconds between two looks for signals: one that came just before the main thread went to sleep does not wake it."""
+
 IDLE_POLLS = 100
 """Times that each rank may ask whether a call is complete while nothing happens; then it asks for ever."""
 
@@ -141,7 +144,8 @@ class Lockstep:
             assert first is not None
             first.turn.release()
             for thread in self.threads:
-                thread.over.wait()
+                while not thread.over.wait(SIGNALS_EVERY):
+                    pass
                 thread.join()
         except BaseException as error:
             self._interrupt(error)
